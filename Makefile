@@ -1,0 +1,47 @@
+# Thin names for commands that also work without make; each is shown in the README.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+RUN ?= runs
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep train evaluate report tensorboard test test-all lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: .venv/.installed  ## create .venv and install the package in it
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+sweep: setup  ## beta x latent size on the embedded digits, with a report (about a minute)
+	$(BIN)/python -m vae.train experiment=digits_sweep $(ARGS)
+
+train: setup  ## one run; ARGS="data=mnist objective.beta=4"
+	$(BIN)/python -m vae.train $(ARGS)
+
+evaluate: setup  ## measure a finished run again; RUN=folder
+	$(BIN)/python -m vae.evaluate run='$(RUN)' $(ARGS)
+
+report: setup  ## write a sweep's report; RUN=folder
+	$(BIN)/python -m vae.report '$(RUN)'
+
+tensorboard: setup  ## open what was logged, on localhost; RUN=folder (default: all)
+	$(BIN)/tensorboard --logdir '$(RUN)' --host 127.0.0.1
+
+test: setup  ## the everyday tests (under three minutes)
+	$(BIN)/python -m pytest
+
+test-all: setup  ## all tests, slow ones included
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: setup  ## ruff: format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean:  ## remove the environment and caches; runs/ and data/ stay
+	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

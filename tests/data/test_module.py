@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from vae.data.images import Images, Splits
+from vae.data.module import BatchLoader, EpochSampler, ImageDataModule
+from vae.errors import VAEError
+
+
+def grey(n=40, value=100):
+    return Images(torch.full((n, 1, 4, 4), value, dtype=torch.uint8), torch.arange(n))
+
+
+def module(**options):
+    return ImageDataModule(lambda: Splits(grey(), grey(20), grey(20)), **{"batch_size": 8, **options})
+
+
+def epoch(loader, number):
+    loader.sampler.set_epoch(number)
+    return list(loader)
+
+
+def test_an_epoch_visits_every_image_once_in_an_order_that_follows_from_seed_and_epoch():
+    loaders = [module(seed=seed).train_dataloader() for seed in (0, 0, 1)]
+    orders = [torch.cat([batch.y for batch in epoch(loader, 3)]) for loader in loaders]
+    assert sorted(orders[0].tolist()) == list(range(40))
+    assert torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0], torch.cat([batch.y for batch in epoch(loaders[0], 4)]))
+
+
+def test_a_loader_resumes_in_the_middle_of_an_epoch_with_the_same_batches_and_seeds():
+    whole = epoch(module().train_dataloader(), 2)
+    stopped = module().train_dataloader()
+    stopped.sampler.set_epoch(2)
+    batches = iter(stopped)
+    next(batches), next(batches)
+    resumed = module().train_dataloader()
+    resumed.load_state_dict(stopped.state_dict())
+    rest = epoch(resumed, 2)
+    assert [batch.seed for batch in rest] == [batch.seed for batch in whole[2:]]
+    assert all(torch.equal(a.y, b.y) for a, b in zip(rest, whole[2:], strict=True))
+    assert len(epoch(resumed, 3)) == 5  # and the next epoch is whole again
+
+
+def test_processes_share_an_epoch_without_overlap():
+    parts = []
+    for rank in range(3):
+        parts += [i for index in EpochSampler(40, 8, 0, True, rank, 3) for i in index.tolist()]
+    assert len(parts) == len(set(parts)) == 39  # equally many each
+
+
+def test_dynamic_binarisation_draws_afresh_with_the_pixel_as_probability():
+    data = module(binarize="dynamic", batch_size=40)
+    loader = data.train_dataloader()
+    first, second = (data.prepare(epoch(loader, number)[0], training=True).x for number in (0, 1))
+    assert set(first.unique().tolist()) == {0.0, 1.0}
+    assert not torch.equal(first, second)
+    standard_error = (100 / 255 * (1 - 100 / 255) / 640) ** 0.5
+    assert abs(first.mean() - 100 / 255) < 4 * standard_error
+
+
+def test_black_and_white_pixels_survive_every_binarisation():
+    x = torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
+    x[:, :, 2:] = 255
+    for binarize in ("none", "threshold", "static", "dynamic"):
+        data = ImageDataModule(lambda: Splits(*[Images(x)] * 3), batch_size=8, binarize=binarize)
+        assert torch.equal(data.prepare(next(iter(data.train_dataloader())), True).x, x.float() / 255)
+
+
+def test_static_binarisation_and_evaluation_see_one_draw_whatever_the_seed():
+    for options in ({"binarize": "static"}, {"binarize": "dynamic"}):
+        draws = [torch.cat([b.x for b in module(seed=seed, **options).test_dataloader()]) for seed in (0, 1)]
+        assert torch.equal(*draws)
+        assert set(draws[0].unique().tolist()) == {0, 255}
+    a, b = (module(seed=s, binarize="static").splits_ready().train.x for s in (0, 1))
+    assert torch.equal(a, b)
+
+
+def test_threshold_is_at_one_half():
+    data = module(binarize="threshold")
+    assert data.scale(torch.tensor([127, 128], dtype=torch.uint8)).tolist() == [0.0, 1.0]
+
+
+def test_mean_image_is_exact():
+    assert torch.equal(module(binarize="dynamic").train_mean(), torch.full((1, 4, 4), 100 / 255))
+
+
+def test_streamed_images_arrive_as_gathered_ones_do():
+    images = grey()
+    sampler = EpochSampler(40, 8, 0, True)
+    gathered = list(BatchLoader(images, sampler, "train"))
+    images.streaming = True
+    streamed = list(BatchLoader(images, sampler, "train", num_workers=1))
+    assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and a.seed == b.seed for a, b in zip(gathered, streamed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"batch_size": 41}, "larger than the training split, which has 40"),
+        ({"batch_size": 0}, "must be positive"),
+        ({"binarize": "maybe"}, "choose one of none, threshold, static, dynamic"),
+    ],
+)
+def test_bad_options_are_refused_in_a_sentence(options, sentence):
+    with pytest.raises(VAEError, match=sentence):
+        module(**options).setup()

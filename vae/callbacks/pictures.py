@@ -1,0 +1,190 @@
+"""What a researcher looks at: samples, reconstructions, traversals and the latent space, in TensorBoard and as PNG."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from vae.files import write_atomically
+from vae.model import VAE
+from vae.module import VAEModule
+from vae.seeding import generator
+
+# --- pictures: functions of a model, each returning one RGB image (3, H, W) in [0, 1] ---------------------------------
+
+
+def samples(vae: VAE, noise: torch.Generator, n: int = 64, y: Tensor | None = None) -> Tensor:
+    """n decoded draws from the prior."""
+    return grid(vae.sample(n, noise, y), columns=round(n**0.5))
+
+
+def reconstructions(vae: VAE, x: Tensor, y: Tensor | None = None, columns: int = 16) -> Tensor:
+    """Rows of inputs, each above the row of their reconstructions."""
+    rows = [row for pair in zip(x.split(columns), vae.reconstruct(x, y).split(columns), strict=True) for row in pair]
+    return grid(torch.cat(rows), columns)
+
+
+def traversals(
+    vae: VAE,
+    x: Tensor,
+    kl: Tensor,
+    y: Tensor | None = None,
+    dimensions: int = 16,
+    columns: int = 11,
+    reach: float = 3.0,
+) -> Tensor:
+    """One image x (1, C, H, W) decoded while one latent moves from -reach to reach; a row a dimension, largest KL first."""
+    mean = vae.encode(x, y).mean
+    order = kl.argsort(descending=True)[:dimensions] if len(kl) == vae.latent_dim else torch.arange(vae.latent_dim)
+    z = mean.repeat(len(order[:dimensions]), columns, 1)
+    for row, dimension in enumerate(order[:dimensions]):
+        z[row, :, dimension] = torch.linspace(-reach, reach, columns, device=z.device)
+    z = z.flatten(0, 1)
+    return grid(vae.likelihood.mean(vae.decode(z, None if y is None else y[:1].expand(len(z)))), columns)
+
+
+def latent_grid(vae: VAE, columns: int = 20, y: Tensor | None = None) -> Tensor:
+    """The decoded plane of a two-dimensional latent, at equal quantiles of N(0, I) (Kingma & Welling 2014, Fig. 4)."""
+    quantiles = torch.special.ndtri(torch.linspace(0.5 / columns, 1 - 0.5 / columns, columns, dtype=torch.float64))
+    side = quantiles.to(next(vae.parameters()))
+    plane = torch.cartesian_prod(-side, side).flip(-1)  # first latent to the right, second upwards
+    return grid(
+        vae.likelihood.mean(vae.decode(plane, None if y is None else y[:1].expand(len(plane)))), columns, padding=0
+    )
+
+
+def kl_bars(kl: Tensor) -> Tensor:
+    """KL of each latent dimension in nats, largest first."""
+    figure = Figure(figsize=(6, 3), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    values = kl.sort(descending=True).values.cpu().numpy()
+    axes.bar(np.arange(len(values)), values, color="#3b6ea8")
+    axes.set(xlabel="latent dimension, by KL", ylabel="KL to the prior (nats)", title=f"rate {values.sum():.2f} nats")
+    return draw(figure)
+
+
+def latent_space(mean: Tensor, kl: Tensor, labels: Tensor | None) -> Tensor:
+    """Posterior means (N, D) in the plane of the two dimensions with the largest KL, coloured by label."""
+    order = kl.argsort(descending=True)[:2] if len(kl) == mean.shape[1] else torch.arange(min(2, mean.shape[1]))
+    points = mean[:, order].cpu().numpy()
+    x, y = points[:, 0], points[:, 1] if len(order) > 1 else np.zeros(len(points))
+    figure = Figure(figsize=(5.5, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    colours = None if labels is None or labels.ndim != 1 else labels.cpu().numpy()
+    dots = axes.scatter(x, y, c=colours, cmap="tab10" if colours is not None else None, s=6, alpha=0.8, linewidths=0)
+    if colours is not None and len(np.unique(colours)) <= 20:
+        axes.legend(
+            *dots.legend_elements(num=None), title="label", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+        )
+    names = [f"$z_{{{int(i)}}}$" for i in order] + ["", ""]
+    axes.set(
+        xlabel=names[0], ylabel=names[1], aspect="equal", title="posterior means, the two dimensions of largest KL"
+    )
+    return draw(figure)
+
+
+def grid(images: Tensor, columns: int, padding: int = 1) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] as one picture; small ones are enlarged without smoothing, so that pixels show."""
+    enlarge = max(1, 32 // images.shape[-2])
+    images = images.clamp(0, 1).repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
+    return make_grid(images, nrow=columns, padding=padding * max(1, enlarge // 2), pad_value=0.5).cpu()
+
+
+def draw(figure: Figure) -> Tensor:
+    """A matplotlib figure as an image (3, H, W) in [0, 1]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1).float() / 255
+
+
+def to_png(picture: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1], rounded to 8 bits."""
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def all_pictures(module: VAEModule, examples: Any) -> dict[str, Tensor]:
+    """Every picture that the model allows, by name."""
+    vae, kl = module.vae, module.kl_per_dimension
+    x, y = examples.x, examples.y if vae.num_classes else None
+    noise = generator(examples.seed, "samples", device=x.device)
+    labels_of_samples = (
+        None if y is None else torch.arange(vae.num_classes, device=x.device).repeat(64)[:64].sort().values
+    )
+    pictures = {
+        "samples": samples(vae, noise, 64, labels_of_samples),
+        "reconstructions": reconstructions(vae, x[:64], None if y is None else y[:64]),
+        "traversals": traversals(vae, x[:1], kl, None if y is None else y[:1]),
+        "kl_per_dimension": kl_bars(kl),
+        "latent_space": latent_space(vae.encode(x, y).mean, kl, examples.y),
+    }
+    if vae.latent_dim == 2:
+        pictures["latent_grid"] = latent_grid(vae, y=y)
+    return pictures
+
+
+# --- when they are drawn ----------------------------------------------------------------------------------------------
+
+
+class Pictures(pl.Callback):
+    """Draws every `every_n_epochs` from the validation split, and once more from the weights that are tested.
+
+    The last set also fills TensorBoard's projector: posterior means with thumbnails and labels of `points` images.
+    """
+
+    def __init__(self, every_n_epochs: int = 10, points: int = 1000) -> None:
+        self.every_n_epochs, self.points = every_n_epochs, points
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
+        if trainer.training and not trainer.sanity_checking:
+            return
+        if trainer.state.fn == "fit" and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._draw(trainer, module)
+
+    def on_test_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
+        examples = self._draw(trainer, module)
+        writer = tensorboard_writer(trainer)
+        if writer is not None:
+            with torch.no_grad():
+                mean = module.vae.encode(examples.x, examples.y).mean
+            labels = examples.y.tolist() if examples.y is not None else None
+            header = None
+            if labels and isinstance(labels[0], list):
+                header = [f"factor {i}" for i in range(len(labels[0]))]
+            thumbnails = torch.nn.functional.interpolate(examples.x.cpu(), size=32, mode="nearest")
+            writer.add_embedding(
+                mean.cpu(), labels, thumbnails, module.steps, "posterior means", metadata_header=header
+            )
+
+    @torch.no_grad()
+    def _draw(self, trainer: pl.Trainer, module: VAEModule) -> Any:
+        training = module.training
+        module.eval()
+        examples = module.transfer_batch_to_device(trainer.datamodule.examples("val", self.points), module.device, 0)
+        writer = tensorboard_writer(trainer)
+        for name, picture in all_pictures(module, examples).items():
+            path = Path(trainer.default_root_dir) / "pictures" / f"{name}.png"
+            png = io.BytesIO()
+            to_png(picture).save(png, "PNG")
+            write_atomically(path, lambda file, png=png: file.write(png.getvalue()))
+            if writer is not None:
+                writer.add_image(name, picture, module.steps)
+        module.train(training)
+        return examples
+
+
+def tensorboard_writer(trainer: pl.Trainer) -> Any | None:
+    """The SummaryWriter of the run, if TensorBoard is among its loggers."""
+    for logger in trainer.loggers:
+        if isinstance(logger, pl.loggers.TensorBoardLogger):
+            return logger.experiment
+    return None

@@ -1,0 +1,64 @@
+"""What the entry points share: where configs lie, how folders are named, how a failure is told. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from vae.errors import VAEError
+
+#: conf/ lies inside the package when it was installed from a wheel, and beside it in a checkout.
+CONFIGS = next(
+    str(path) for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir()
+)
+
+
+def run_folder(chosen: str | None, name: str, resume: bool) -> str:
+    """The folder of a run or sweep: the chosen one, or a new runs/NAME/TIME that no other process has.
+
+    Raises VAEError if the chosen one holds something and `resume` does not allow to touch it.
+    """
+    if chosen:
+        if not resume and Path(chosen).is_dir() and any(Path(chosen).iterdir()):
+            raise VAEError(f"{chosen} exists already: add resume=true to go on with it, or choose another folder.")
+        return chosen
+    time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in itertools.count(1):
+        folder = Path("runs") / name / (time if attempt == 1 else f"{time}_{attempt}")
+        try:
+            folder.mkdir(parents=True)  # fails if it is there: the claim is made by whoever creates it
+        except FileExistsError:
+            continue
+        return str(folder)
+
+
+def run_name(overrides: str, number: int) -> str:
+    """The folder of a run within its sweep, from what varies; a name that a file system accepts, inside the sweep."""
+    name = re.sub(r"[^\w.,=+-]+", "_", overrides).strip("._") or str(number)
+    if len(name) > 150:
+        name = f"{name[:130]}-{hashlib.blake2b(overrides.encode(), digest_size=6).hexdigest()}"
+    return name
+
+
+# The interpolations that conf/train.yaml names its folders with. Registered on import, because the worker processes of a
+# parallel sweep import this module but never run an entry point.
+OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
+@contextlib.contextmanager
+def sentences() -> Iterator[None]:
+    """Tell a VAEError as its one sentence and exit with code 1; anything else is a defect and keeps its traceback."""
+    try:
+        yield
+    except VAEError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)

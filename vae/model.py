@@ -1,0 +1,94 @@
+"""A variational autoencoder: encoder, prior, decoder, likelihood. It knows nothing of losses, optimisers or Lightning."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vae.gaussian import DiagonalGaussian
+
+
+class VAEOutput(NamedTuple):
+    """One pass of images through the model. S stands for the sample shape, () unless several z were asked for.
+
+    posterior: q(z|x) of each image; z (*S, B, D); distortion = -log p(x|z), (*S, B); kl: KL(q(z|x) || p(z)) in nats,
+    (B, D) a dimension where the prior has a closed form, otherwise the one-sample estimate log q(z|x) - log p(z),
+    (*S, B, 1); params: the likelihood's parameters (*S, B, P, C, H, W).
+    """
+
+    posterior: DiagonalGaussian
+    z: Tensor
+    params: Tensor
+    distortion: Tensor
+    kl: Tensor
+
+    @property
+    def rate(self) -> Tensor:
+        """KL(q(z|x) || p(z)) an image, in nats."""
+        return self.kl.sum(-1)
+
+
+class VAE(nn.Module):
+    """p(x, z) = p(x|z) p(z) with the amortised posterior q(z|x) (Kingma & Welling 2014; Rezende et al. 2014).
+
+    encoder: (B, C, H, W) -> (B, 2 D); decoder: (N, D) -> (N, P, C, H, W); with `num_classes` both also take labels.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, prior: nn.Module, likelihood: nn.Module, num_classes: int = 0
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.prior, self.likelihood = prior, likelihood
+        self.num_classes = num_classes
+
+    @property
+    def latent_dim(self) -> int:
+        return self.prior.latent_dim
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> DiagonalGaussian:
+        """q(z|x) or q(z|x, y); x (B, C, H, W) in [0, 1]."""
+        parameters = self.encoder(x, y) if self.num_classes else self.encoder(x)
+        return DiagonalGaussian.from_parameters(parameters)
+
+    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """The likelihood's parameters, (..., D) -> (..., P, C, H, W); labels y (...) broadcast against z."""
+        flat = z.flatten(0, -2)
+        if self.num_classes:
+            params = self.decoder(flat, y.expand(z.shape[:-1]).flatten())
+        else:
+            params = self.decoder(flat)
+        return params.unflatten(0, z.shape[:-1])
+
+    def forward(
+        self, x: Tensor, generator: torch.Generator, y: Tensor | None = None, sample_shape: tuple[int, ...] = ()
+    ) -> VAEOutput:
+        """Encode, draw z with the reparameterisation, decode, and measure both halves of the ELBO in nats."""
+        posterior = self.encode(x, y)
+        z = posterior.rsample(generator, sample_shape)
+        params = self.decode(z, y)
+        return VAEOutput(posterior, z, params, -self.likelihood.log_prob(params, x), self.kl(posterior, z))
+
+    def kl(self, posterior: DiagonalGaussian, z: Tensor) -> Tensor:
+        """KL(q || p) by closed form, (B, D), where the prior has one; otherwise estimated at z, (..., 1)."""
+        if hasattr(self.prior, "kl"):
+            return self.prior.kl(posterior)
+        return (posterior.log_prob(z) - self.prior.log_prob(z)).unsqueeze(-1)
+
+    def log_weights(self, x: Tensor, generator: torch.Generator, samples: int, y: Tensor | None = None) -> Tensor:
+        """log w = log p(x|z) + log p(z) - log q(z|x) at `samples` draws of z, (samples, B), in nats.
+
+        Their log-mean-exp is the importance-weighted bound (Burda et al. 2016, equation 8); their mean is the ELBO.
+        """
+        out = self(x, generator, y, (samples,))
+        return -out.distortion + self.prior.log_prob(out.z) - out.posterior.log_prob(out.z)
+
+    def sample(self, n: int, generator: torch.Generator, y: Tensor | None = None) -> Tensor:
+        """Mean images of n draws from the prior, (n, C, H, W); the pixels' own noise is left out."""
+        return self.likelihood.mean(self.decode(self.prior.sample(n, generator), y))
+
+    def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """The mean image at the posterior's mean, (B, C, H, W); deterministic."""
+        return self.likelihood.mean(self.decode(self.encode(x, y).mean, y))

@@ -1,0 +1,61 @@
+"""The beta-weighted ELBO, and what every objective of the family shares."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from vae.beta import Constant
+from vae.errors import VAEError
+from vae.model import VAE, VAEOutput
+
+if TYPE_CHECKING:
+    from vae.data.module import Batch
+
+
+class Objective(nn.Module):
+    """What is minimised. Called with a VAE and a batch, it returns batch means in nats by name.
+
+    "loss" is the only term with a gradient; "distortion", "rate" and "elbo" are always there, the ELBO at beta = 1
+    whatever the weight. The weight on the KL is `beta * schedule(step)` in training; validation uses the weight that the
+    schedule ends on, so that losses of different epochs can be compared.
+    """
+
+    #: Options of the parameter group that holds the objective's own parameters, where it has any.
+    optimizer_options: dict[str, object] = {}
+    #: Whether encoder and decoder are given labels.
+    conditional = False
+
+    def __init__(self, beta: float = 1.0, schedule: nn.Module | None = None) -> None:
+        super().__init__()
+        if not beta >= 0:
+            raise VAEError(f"objective.beta={beta} must be zero or more.")
+        self.register_buffer("beta", torch.tensor(float(beta)))
+        self.schedule = Constant() if schedule is None else schedule
+
+    def weight(self, step: int) -> Tensor:
+        """The weight on the KL at a training step, 0-dim; outside training, where the schedule ends."""
+        return self.beta * self.schedule(step if self.training else math.inf)
+
+    def named_terms(self, loss: Tensor, out: VAEOutput, **more: Tensor) -> dict[str, Tensor]:
+        """The loss beside the two halves of the ELBO; a feedback controller is told of them while training."""
+        distortion, rate = out.distortion.detach().mean(), out.rate.detach().mean()
+        if self.training:
+            self.schedule.observe(rate=rate, distortion=distortion)
+        return {"loss": loss, "elbo": -(distortion + rate), "distortion": distortion, "rate": rate, **more}
+
+    def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        raise TypeError(f"{type(self).__name__} does not say what it minimises: it must define forward().")
+
+
+class BetaVAE(Objective):
+    """distortion + beta * rate: the negative ELBO at beta = 1 (Kingma & Welling 2014), Higgins et al. 2017 otherwise."""
+
+    def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        out = vae(batch.x, generator, batch.y)
+        weight = self.weight(step)
+        loss = out.distortion.mean() + weight * out.rate.mean()
+        return self.named_terms(loss, out, beta=weight)

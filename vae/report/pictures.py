@@ -1,0 +1,142 @@
+"""The runs' pictures side by side, small enough that the page stays light."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vae.report.plots import curves_along
+from vae.report.runs import Run
+from vae.report.sweep import Sweep, canonical, format_value
+
+TOTAL_BYTES = 4_500_000  # of all pictures of a page, before base64 adds a third
+LARGEST, SMALLEST = 150_000, 12_000
+WIDEST = 720  # pixels
+
+_ABOUT = {
+    "samples": "Images decoded from draws of the prior: what the model believes the data to look like.",
+    "reconstructions": "Test images and what the model makes of them.",
+    "traversals": "One latent dimension a row, moved through its range while the others stand still.",
+    "latent_grid": "The two-dimensional latent space, decoded on a grid.",
+    "embedding": "Where the encoder puts images of the test split.",
+    "posterior_kl": "Nats that each latent dimension carries.",
+}
+_ORDER = list(_ABOUT)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """uri: a data: address, or None where the file cannot be read; pixelated: so small that it is enlarged."""
+
+    run: Run
+    caption: str
+    uri: str | None
+    pixelated: bool = False
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """One kind of picture of the runs of one data set. columns: the values of one swept key across, or () for no order;
+    rows: a caption and, for each column, a picture or None."""
+
+    data: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, list[Picture | None]]]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    kind: str
+    title: str
+    about: str
+    shelves: list[Shelf]
+
+
+def galleries(sweep: Sweep) -> list[Gallery]:
+    """Every kind of picture that any run has, those everyone looks at first."""
+    kinds = {kind for run in sweep.runs for kind in run.pictures}
+    kinds = sorted(kinds, key=lambda kind: (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind))
+    total = sum(len(run.pictures) for run in sweep.runs)
+    budget = min(LARGEST, max(SMALLEST, TOTAL_BYTES // max(total, 1)))
+    found = []
+    for kind in kinds:
+        shelves = []
+        for data in sweep.data_sets:
+            runs = [run for run in sweep.runs if run.data == data and kind in run.pictures]
+            if runs:
+                shelves.append(_shelf(sweep, data, runs, kind, budget))
+        found.append(Gallery(kind, kind.replace("_", " ").capitalize(), _ABOUT.get(kind, ""), shelves))
+    return found
+
+
+def _shelf(sweep: Sweep, data: str, runs: list[Run], kind: str, budget: int) -> Shelf:
+    """A table with beta (or another swept number) across and the other settings down, where that fills most cells."""
+
+    def picture(run: Run, caption: str) -> Picture:
+        return Picture(run, caption, *_inline(run.pictures[kind], budget))
+
+    varying = [key for key in sweep.swept if len(sweep.values(key, runs)) > 1]
+    numeric = [key for key in varying if key != sweep.latent_size and sweep.numeric(key)]
+    across = sweep.beta if sweep.beta in varying else next(iter(numeric), None)
+    if across is not None and 2 <= len(values := sweep.values(across, runs)) <= 8:
+        rows: list[tuple[str, list[Picture | None]]] = []
+        for curve in curves_along(sweep, runs, across)[0]:
+            by_value = {canonical(value): group for value, group in curve.points}
+            for i in range(max(len(group) for group in by_value.values())):
+                cells = [by_value.get(canonical(value), [])[i : i + 1] for value in values]
+                row = [picture(cell[0], sweep.describe(cell[0])) if cell else None for cell in cells]
+                rows.append((_row_caption(sweep, curve.settings, [p.run for p in row if p]), row))
+        if len(rows) > 1 and sum(cell is not None for _, row in rows for cell in row) >= 0.6 * len(rows) * len(values):
+            return Shelf(data, tuple(f"{sweep.label(across)} {format_value(value)}" for value in values), rows)
+    return Shelf(data, (), [("", [picture(run, sweep.describe(run)) for run in runs])])
+
+
+def _row_caption(sweep: Sweep, settings: dict[str, Any], runs: list[Run]) -> str:
+    parts = [f"{sweep.label(key)} {format_value(value)}" for key, value in settings.items()]
+    seeds = {format_value(run.seed) for run in runs}
+    return ", ".join(parts + ([f"seed {'/'.join(sorted(seeds))}"] if sweep.seeds else []))
+
+
+def _inline(path: Path, budget: int) -> tuple[str | None, bool]:
+    """The picture as a data: address of at most `budget` bytes before base64, and whether it is tiny."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            image = _flat(opened)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None, False
+    tiny = image.width <= 200
+    image.thumbnail((WIDEST, 2 * WIDEST), Image.Resampling.LANCZOS)
+    encoded, kind = _encode(image, "png"), "png"
+    while len(encoded) > budget and min(image.size) > 48:
+        kind, encoded = "jpeg", _encode(image, "jpeg")
+        if len(encoded) > budget:
+            shrink = max(0.5, min(0.9, math.sqrt(budget / len(encoded))))
+            image = image.resize([max(1, round(side * shrink)) for side in image.size], Image.Resampling.LANCZOS)
+    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}", tiny
+
+
+def _flat(image: Any) -> Any:
+    """Opaque, and grey where it can be: transparent pixels become white."""
+    from PIL import Image
+
+    if image.mode in ("1", "L", "I", "I;16"):
+        return (
+            image.convert("L") if image.mode in ("1", "L") else image.convert("I").point(lambda v: v / 257).convert("L")
+        )
+    rgba = image.convert("RGBA")
+    flat = Image.new("RGB", image.size, "white")
+    flat.paste(rgba, mask=rgba.getchannel("A"))
+    red, green, blue = (channel.tobytes() for channel in flat.split())
+    return flat.getchannel("R") if red == green == blue else flat
+
+
+def _encode(image: Any, kind: str) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **({"optimize": True} if kind == "png" else {"quality": 82, "optimize": True}))
+    return out.getvalue()

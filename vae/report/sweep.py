@@ -1,0 +1,372 @@
+"""A folder of runs -> a `Sweep`: what was varied, which runs compare with each other, what failed, what is missing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vae.errors import VAEError
+from vae.report.runs import DAMAGED, FINISHED, Run, find_run_folders, parse_scalar, read_run, read_yaml
+
+# Where and how a run was made, not what it is.
+_OPERATIONAL_ROOTS = {
+    "hydra",
+    "paths",
+    "logger",
+    "launcher",
+    "run",
+    "resume",
+    "name",
+    "run_name",
+    "threads",
+    "progress_bar",
+}
+_OPERATIONAL_LEAF = re.compile(r"(^|_)(dir|dirpath|path|root|folder|file|filename|run_name|num_threads|num_workers)$")
+# Settings under `data` that change the pixels a likelihood is measured on.
+_PIXEL_SETTING = re.compile(r"binar|image_size|resize|resolution|dequant|crop|gr[ae]y")
+_LATENT_SIZES = {"latent_dim", "latent_size", "num_latents", "z_dim"}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of one folder, in order of data set, settings and seed.
+
+    swept: the keys whose values differ among runs, beta and latent size first; a group choice such as `network=conv`
+    counts as one key. in_step: keys that also differ but whose value follows from one swept key's. seeds: whether
+    runs are replicated over `seed`. missing: the overrides of combinations that the sweep's command line asked for and
+    for which there is no run. split: the split whose metrics are reported, test where any run has them.
+    """
+
+    folder: Path
+    runs: tuple[Run, ...]
+    swept: tuple[str, ...] = ()
+    in_step: dict[str, str] = field(default_factory=dict)
+    seeds: bool = False
+    missing: tuple[tuple[str, ...], ...] = ()
+    split: str = "test"
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if run.finished)
+
+    @property
+    def failed(self) -> tuple[Run, ...]:
+        """Every run without a result: it failed, was cut off (or still runs), or its files are damaged."""
+        return tuple(run for run in self.runs if not run.finished)
+
+    @property
+    def complete(self) -> bool:
+        """Every run that was asked for finished."""
+        return not self.failed and not self.missing
+
+    @property
+    def data_sets(self) -> tuple[str, ...]:
+        """Labels of sets of runs whose likelihoods compare, in order."""
+        return tuple(dict.fromkeys(run.data for run in self.runs))
+
+    @property
+    def data_column(self) -> bool:
+        """Whether a table needs a column for the data set: there are several, and no swept key already says which."""
+        said = any(all(format_value(run.settings[key]) == run.data for run in self.runs) for key in self.swept)
+        return len(self.data_sets) > 1 and not said
+
+    @property
+    def seconds(self) -> float:
+        """Time of all runs, added up."""
+        return math.fsum(run.seconds or 0.0 for run in self.runs)
+
+    @property
+    def beta(self) -> str | None:
+        """The swept key that weighs the rate, if any."""
+        exact = [key for key in self.swept if leaf(key) == "beta"]
+        near = [key for key in self.swept if "beta" in key.split(".") and self.numeric(key)]
+        return next(iter(exact + near), None)
+
+    @property
+    def latent_size(self) -> str | None:
+        """The swept key that is the number of latent dimensions, if any."""
+        return next((key for key in self.swept if leaf(key) in _LATENT_SIZES), None)
+
+    def value(self, run: Run, metric: str) -> float:
+        """A metric of the reported split, e.g. "elbo"; NaN where the run has none."""
+        return run.metrics.get(f"{self.split}/{metric}", math.nan) if run.finished else math.nan
+
+    def best(self, data: str) -> Run | None:
+        """The run with the highest ELBO on a data set."""
+        scored = [run for run in self.runs if run.data == data and math.isfinite(self.value(run, "elbo"))]
+        return max(scored, key=lambda run: self.value(run, "elbo"), default=None)
+
+    def values(self, key: str, runs: tuple[Run, ...] | list[Run] | None = None) -> list[Any]:
+        """The distinct values of a swept key, numbers in order and before words."""
+        known = [run.settings.get(key) for run in (self.runs if runs is None else runs) if run.config]
+        found = {canonical(value): value for value in known}
+        return sorted(found.values(), key=sort_key)
+
+    def numeric(self, key: str) -> bool:
+        return all(is_number(value) for value in self.values(key))
+
+    def label(self, key: str) -> str:
+        """The shortest name that tells a swept key from the others: "beta" for "objective.beta"."""
+        parts = re.split(r"[./]", key)
+        for n in range(1, len(parts) + 1):
+            short = ".".join(parts[-n:])
+            if sum(_ends(other, parts[-n:]) for other in self.swept) <= 1:
+                break
+        return short if parts[-1] not in ("_target_", "name", "value") or len(parts) == 1 else ".".join(parts[-2:])
+
+    def describe(self, run: Run) -> str:
+        """The run's settings in a line, e.g. "beta 4, latent_dim 10, seed 1"; its name where nothing was varied."""
+        parts = [f"{self.label(key)} {format_value(run.settings.get(key))}" for key in self.swept]
+        if self.seeds:
+            parts.append(f"seed {format_value(run.seed)}")
+        return ", ".join(parts) or run.name
+
+
+def read_sweep(folder: str | Path) -> Sweep:
+    """Read a sweep's folder, or a single run's.
+
+    Raises VAEError if the folder does not exist, holds no runs, or holds nothing but damaged ones.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise VAEError(f"There is no folder {str(folder)!r}.")
+    try:
+        folders = list(find_run_folders(folder))
+    except OSError as error:
+        raise VAEError(f"{error.filename!r} cannot be read: {error.strerror}.") from error
+    if not folders:
+        raise VAEError(f"No runs in {str(folder)!r}: no folder in it holds a config.yaml, status.json or metrics.json.")
+    single = folders == [folder]
+    runs = [
+        read_run(path, folder.resolve().name if single else path.relative_to(folder).as_posix()) for path in folders
+    ]
+    if all(run.state == DAMAGED for run in runs):
+        raise VAEError(f"No run in {str(folder)!r} can be read: {runs[0].name}: {runs[0].reason}")
+
+    swept, in_step = _swept_keys(runs)
+    for run in runs:
+        run.settings = {key: _setting(run, key) for key in swept}
+        run.seed = run.config.get("seed")
+    for run, label in zip(runs, _data_labels(runs), strict=True):
+        run.data = label
+    seeds = len({canonical(run.seed) for run in runs if run.seed is not None}) > 1
+    runs.sort(key=lambda run: (run.data, [sort_key(v) for v in run.settings.values()], sort_key(run.seed), run.name))
+    with_results = [run for run in runs if run.state == FINISHED]
+    split = next((s for s in ("test", "val") if any(f"{s}/elbo" in run.metrics for run in with_results)), "test")
+    return Sweep(folder, tuple(runs), tuple(swept), in_step, seeds, _missing(folder, runs), split)
+
+
+# ---- what was varied ----
+
+
+def _swept_keys(runs: list[Run]) -> tuple[list[str], dict[str, str]]:
+    """Keys that differ among the runs, and those among them that merely follow another: {follower: key}.
+
+    What a command line varied is a swept key whatever the values. Any other key that differs is one unless a single
+    swept key already determines it: the whole of `network.*` follows from `network=mlp,conv`.
+    """
+    runs = [run for run in runs if run.config]
+    overridden = [_overrides(run) for run in runs]
+    configs = [run.config for run in runs]
+    every = list(dict.fromkeys(key for config in configs for key in config))
+    differing = [key for key in every if len({canonical(config.get(key)) for config in configs}) > 1]
+    explicit = list(dict.fromkeys(key for overrides in overridden for key in overrides))
+    explicit = [key for key in explicit if key.split(".")[0] not in _OPERATIONAL_ROOTS and not _is_seed(key)]
+    explicit = [
+        key
+        for key in explicit
+        if (key in differing if key in every else len({canonical(_setting(run, key)) for run in runs}) > 1)
+    ]
+
+    def column(key: str) -> list[str]:
+        return [canonical(_setting(run, key)) for run in runs]
+
+    kept = {key: column(key) for key in sorted(explicit, key=_preference)}
+    seeds = [canonical(run.config.get("seed")) for run in runs]
+    replicated = len(set(seeds)) < len(runs)
+    in_step = {}
+    rest = [key for key in differing if key not in kept and not _is_operational(key, runs)]
+    # the finest distinctions first, so that what follows from them is seen to follow
+    for key in sorted(rest, key=lambda key: (-len(set(column(key))), _preference(key))):
+        values = column(key)
+        parent = next((other for other, theirs in kept.items() if _determines(theirs, values)), None)
+        if parent is not None:
+            in_step[key] = parent
+        elif _is_seed(key) or (replicated and _determines(seeds, values)):
+            continue
+        else:
+            kept[key] = values
+    return sorted(kept, key=_preference), in_step
+
+
+def _determines(given: list[str], values: list[str]) -> bool:
+    """Whether equal entries of `given` always come with equal `values`."""
+    seen: dict[str, str] = {}
+    return all(seen.setdefault(g, v) == v for g, v in zip(given, values, strict=True))
+
+
+def _overrides(run: Run) -> dict[str, str]:
+    """{"model.latent_dim": "2", "data": "mnist"} from the run's override lines; deletions are left out."""
+    pairs = (line.partition("=") for line in run.overrides if "=" in line and not line.startswith("~"))
+    return {key.lstrip("+").split("@")[0].strip(): value.strip() for key, _, value in pairs}
+
+
+def _setting(run: Run, key: str) -> Any:
+    """The value in the run's config or, for the choice of a group, the one that its command line named."""
+    if key in run.config:
+        return run.config[key]
+    named = _overrides(run).get(key)
+    return None if named is None else parse_scalar(named)
+
+
+def _preference(key: str) -> tuple[Any, ...]:
+    """Sorts first the keys people read by: data set, latent size, beta; then names, then the shallow before the deep."""
+    order = [key == "data" or key.startswith("data.source"), leaf(key) in _LATENT_SIZES, "beta" in key.split(".")]
+    return [not first for first in order], leaf(key) not in ("_target_", "name"), key.count("."), key
+
+
+def _is_seed(key: str) -> bool:
+    return leaf(key) == "seed"
+
+
+def _is_operational(key: str, runs: list[Run]) -> bool:
+    if key.split(".")[0] in _OPERATIONAL_ROOTS or _OPERATIONAL_LEAF.search(leaf(key)):
+        return True
+    # a path into the run's own folder, under whatever name
+    return any(f"/{run.name}/" in f"{run.config.get(key)}/" for run in runs)
+
+
+def leaf(key: str) -> str:
+    return key.rsplit(".", 1)[-1]
+
+
+def _ends(key: str, parts: list[str]) -> bool:
+    return re.split(r"[./]", key)[-len(parts) :] == parts
+
+
+# ---- which runs compare ----
+
+
+def _data_labels(runs: list[Run]) -> list[str]:
+    """The data set of each run, with what else sets its likelihoods apart: "mnist, binarize dynamic".
+
+    A density (Gaussian) and a probability (Bernoulli) of the same images are different quantities, and so are those of
+    grey and of binarised pixels; runs that differ so get different labels.
+    """
+    names = [_data_name(run) for run in runs]
+    pixel_keys = sorted(
+        {k for run in runs for k in run.config if k.startswith("data.") and _PIXEL_SETTING.search(leaf(k))}
+    )
+    traits = [
+        {**{key: run.config.get(key) for key in pixel_keys}, "likelihood": _measure(run)} if run.config else {}
+        for run in runs
+    ]
+    labels = []
+    for name, mine in zip(names, traits, strict=True):
+        same = [other for other_name, other in zip(names, traits, strict=True) if other_name == name and other]
+        differing = [k for k in mine if len({canonical(other.get(k)) for other in same}) > 1]
+        details = [f"{leaf(key)} {format_value(mine[key])}" for key in differing]
+        labels.append(", ".join([name, *details]))
+    return labels
+
+
+def _data_name(run: Run) -> str:
+    candidates = ("data.name", "data.source.name", "data.source._target_", "data._target_", "data")
+    named = next((run.config[key] for key in candidates if isinstance(run.config.get(key), str)), None)
+    return named.rsplit(".", 1)[-1] if named else _overrides(run).get("data", "data set unknown")
+
+
+def _measure(run: Run) -> str:
+    """What kind of number log p(x|z) is: it compares only with its own kind."""
+    named = next(
+        (run.config[k] for k in ("likelihood._target_", "likelihood.name", "likelihood") if run.config.get(k)), ""
+    )
+    kind = str(named).rsplit(".", 1)[-1].lower()
+    return "density" if re.search(r"gauss|normal|laplace|student|continuous", kind) else kind
+
+
+# ---- what the sweep asked for and is not there ----
+
+
+def _missing(folder: Path, runs: list[Run]) -> tuple[tuple[str, ...], ...]:
+    """Combinations of Hydra's grid sweep (its multirun.yaml) without a run; () where they cannot be told reliably."""
+    expected = _expected(read_yaml(folder / "multirun.yaml"))
+    present = [frozenset(run.overrides) for run in runs]
+    missing = [combination for combination in expected if not any(set(combination) <= there for there in present)]
+    if len(missing) == len(expected):  # not one run is recognised, so the lines are written another way
+        return ()
+    common = set.intersection(*map(set, expected))
+    return tuple(tuple(line for line in combination if line not in common) for combination in missing)
+
+
+def _expected(multirun: Any) -> list[tuple[str, ...]]:
+    """The overrides of each job that Hydra's basic sweeper makes of a multirun.yaml."""
+    try:
+        hydra = multirun["hydra"]
+        if not hydra["sweeper"]["_target_"].endswith("BasicSweeper"):
+            return []
+        lines = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
+        lines += hydra["overrides"]["task"]
+    except (KeyError, TypeError, AttributeError):
+        return []
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import, and seldom needed
+    from hydra.errors import OverrideParseException
+
+    choices: dict[str, list[str]] = {}  # the command line, which comes later, replaces the config
+    try:
+        for override in OverridesParser.create().parse_overrides([str(line) for line in lines]):
+            key = override.get_key_element()
+            if override.is_discrete_sweep():
+                choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            elif override.is_sweep_override():
+                return []
+            else:
+                choices[key] = [f"{key}={override.get_value_element_as_str()}"]
+    except (OverrideParseException, NotImplementedError, TypeError, ValueError):
+        return []
+    if math.prod(len(values) for values in choices.values()) > 10_000:
+        return []
+    return list(itertools.product(*choices.values()))
+
+
+# ---- values ----
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def canonical(value: Any) -> str:
+    """Equal for equal values: 1 and 1.0 are, "1" and 1 are not."""
+    return json.dumps(float(value) if is_number(value) else value, sort_keys=True, default=str)
+
+
+def sort_key(value: Any) -> tuple[bool, float, str]:
+    return (False, float(value), "") if is_number(value) else (True, 0.0, format_value(value))
+
+
+def format_value(value: Any) -> str:
+    """As a person would write it: 0.25, true, [400, 200]; a class's path by its last name."""
+    if is_number(value):
+        return f"{value:.6g}"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(format_value(item) for item in value) + "]"
+    text = printable(str(value))
+    return text.rsplit(".", 1)[-1] if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", text) else text
+
+
+def printable(text: str) -> str:
+    """Control characters, which could drive a terminal, as their escapes; the rest as it is."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def states(runs: tuple[Run, ...]) -> Counter[str]:
+    return Counter(run.state for run in runs)

@@ -1,0 +1,293 @@
+"""A run: from its config to a trained, measured model in a folder of its own, and back from the folder."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from vae.callbacks.records import HyperParameters
+from vae.data.module import ImageDataModule
+from vae.errors import VAEError
+from vae.files import write_json, write_text
+from vae.model import VAE
+from vae.module import VAEModule
+from vae.networks import set_output_bias
+from vae.seeding import derive
+
+# Importing Lightning on a machine without CUDA sets this, and each Adam step then looks for the driver: 60 us a step.
+os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+
+for _noise in (
+    ".*does not have many workers.*",
+    ".*`isinstance.treespec, LeafSpec.`.*",
+    ".*Checkpoint directory.*exists.*",
+):
+    warnings.filterwarnings("ignore", _noise)
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
+    """The data and the untrained module that a config describes; initial weights follow from `config.seed`.
+
+    Raises VAEError for a combination that makes no sense.
+    """
+    latent_dim = config.model.latent_dim
+    if not isinstance(latent_dim, int) or latent_dim < 1:
+        raise VAEError(f"model.latent_dim={latent_dim} must be a whole number of at least 1.")
+    data: ImageDataModule = instantiate(config.data, seed=config.seed)
+    data.setup()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(config.seed, "init"))
+        objective = instantiate(config.objective)
+        if isinstance(objective, functools.partial):  # it builds networks of its own
+            objective = objective(image_shape=data.image_shape, latent_dim=latent_dim, num_classes=data.num_classes)
+        num_classes = data.num_classes if objective.conditional else 0
+        likelihood = instantiate(config.likelihood)
+        encoder, decoder = instantiate(config.network)(
+            image_shape=data.image_shape,
+            latent_dim=latent_dim,
+            params_per_pixel=likelihood.params_per_pixel,
+            num_classes=num_classes,
+        )
+        vae = VAE(encoder, decoder, instantiate(config.prior)(latent_dim=latent_dim), likelihood, num_classes)
+    if config.model.output_bias_from_data:
+        set_output_bias(decoder, likelihood.bias_for_mean(data.train_mean()))
+    module = VAEModule(
+        vae,
+        objective,
+        optimizer=instantiate(config.optimizer),
+        lr_schedule=instantiate(config.lr_schedule) or None,
+        nll_samples=config.evaluation.nll_samples,
+    )
+    return data, module
+
+
+def build_trainer(config: DictConfig, folder: Path | None, progress_bar: bool) -> pl.Trainer:
+    """A Lightning Trainer; with `folder=None` one that only measures and writes nothing."""
+    options = OmegaConf.to_container(config.trainer, resolve=True)
+    if folder is None:
+        outputs: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    else:
+        outputs = {
+            "callbacks": [
+                *(instantiate(callback) for callback in config.callbacks.values() if callback is not None),
+                HyperParameters(settings(config)),
+            ],
+            "logger": instantiate(config.logger)(save_dir=folder) if config.logger else False,
+        }
+    progress_bar = progress_bar and config.progress_bar
+    return pl.Trainer(**options, **outputs, default_root_dir=folder, enable_progress_bar=progress_bar)
+
+
+def settings(config: DictConfig) -> dict[str, Any]:
+    """The config as flat dotted keys: what a sweep may vary."""
+    flat: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            flat[prefix] = node
+
+    walk({k: v for k, v in OmegaConf.to_container(config).items() if k in SETTINGS}, "")
+    return flat
+
+
+SETTINGS = ("data", "network", "likelihood", "prior", "objective", "optimizer", "lr_schedule", "model", "seed")
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def train(config: DictConfig, folder: Path, overrides: list[str], progress_bar: bool = True) -> float:
+    """Train, test and record a run in `folder`; returns the best validation loss.
+
+    Writes config.yaml, environment.json, status.json, checkpoints, pictures and, last, metrics.json. Whatever ends the
+    run early is written to status.json before it is raised again.
+    """
+    status = {"state": "running", "reason": None, "started": _now(), "seconds": 0.0, "epochs": 0}
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
+    write_text(folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+    write_json(folder / "environment.json", environment())
+    write_json(folder / "status.json", status)
+    try:
+        best_loss, epochs = _fit_and_test(config, folder, progress_bar)
+    except BaseException as error:
+        reason = str(error) if isinstance(error, VAEError) else f"{type(error).__name__}: {error}"
+        elapsed = time.monotonic() - started
+        write_json(folder / "status.json", {**status, "state": "failed", "reason": reason, "seconds": elapsed})
+        raise
+    status.update(state="finished", seconds=time.monotonic() - started, epochs=epochs)
+    write_json(folder / "status.json", status)
+    return best_loss
+
+
+def _fit_and_test(config: DictConfig, folder: Path, progress_bar: bool) -> tuple[float, int]:
+    set_threads(config.threads)
+    data, module = build(config)
+    trainer = build_trainer(config, folder, progress_bar)
+    if trainer.max_epochs == 0:
+        raise VAEError("trainer.max_epochs=0 leaves nothing to train: ask for at least 1.")
+    trainer.fit(module, data)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    metrics = {f"train/{name}": float(value) for name, value in module.epoch_means.compute().items()}
+    for callback in trainer.callbacks:
+        metrics.update(getattr(callback, "metrics", {}))
+    metrics.update(_floats(trainer.callback_metrics, "val/"))
+
+    checkpoint = trainer.checkpoint_callback
+    if checkpoint is not None and checkpoint.best_model_path:
+        load_weights(module, Path(checkpoint.best_model_path))
+        metrics["val/best_loss"] = float(checkpoint.best_model_score)
+        metrics["val/best_epoch"] = float(torch.load(checkpoint.best_model_path, weights_only=True)["epoch"])
+    trainer.test(module, data, verbose=False)
+    metrics.update(_floats(trainer.callback_metrics, "test/"))
+    write_json(folder / "metrics.json", metrics)
+    return metrics.get("val/best_loss", metrics["val/loss"]), trainer.current_epoch
+
+
+def _floats(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items() if name.startswith(prefix)}
+
+
+def set_threads(threads: int | str) -> None:
+    """Threads of this process's arithmetic; `auto` shares the cores among the jobs that run side by side."""
+    if threads == "auto":
+        jobs = int(os.environ.get("VAE_PARALLEL_JOBS", "1"))
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
+    if not isinstance(threads, int) or threads < 1:
+        raise VAEError(f"threads={threads} must be `auto` or a whole number of at least 1.")
+    torch.set_num_threads(threads)
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> DictConfig:
+    """The resolved config of a run. Raises VAEError if the folder holds none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise VAEError(f"{folder} is not a run folder: it has no config.yaml.")
+    try:
+        return OmegaConf.load(path)
+    except Exception as error:
+        raise VAEError(f"{path} is damaged and cannot be read ({type(error).__name__}).") from error
+
+
+def load_weights(module: VAEModule, checkpoint: Path) -> dict[str, Any]:
+    """Put a checkpoint's weights into `module` and return the rest of it. Never runs code from the file.
+
+    Raises VAEError if the file is missing, damaged or of another model.
+    """
+    if not checkpoint.is_file():
+        raise VAEError(f"There is no checkpoint at {checkpoint}: train the run first.")
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        weights = state.pop("state_dict")
+    except Exception as error:
+        raise VAEError(
+            f"The checkpoint {checkpoint} is damaged or holds more than weights: it was not loaded."
+        ) from error
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise VAEError(f"The checkpoint {checkpoint} is of another model than its config describes.") from error
+    return state
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """What training wrote to metrics.json; empty if the run did not finish."""
+    path = folder / "metrics.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise VAEError(f"{path} is damaged: it is not JSON.") from error
+
+
+def load(folder: Path, **changes: Any) -> tuple[DictConfig, ImageDataModule, VAEModule]:
+    """A run's config, data and model with its best weights. `changes` may name nll_samples, accelerator and threads."""
+    config = read_config(folder)
+    for name, value in changes.items():
+        OmegaConf.update(
+            config,
+            {"nll_samples": "evaluation.nll_samples", "accelerator": "trainer.accelerator"}.get(name, name),
+            value,
+        )
+    set_threads(config.threads)
+    data, module = build(config)
+    load_weights(module, folder / "checkpoints" / "best.ckpt")
+    return config, data, module.eval()
+
+
+def evaluate(folder: Path, split: str = "test", **changes: Any) -> dict[str, float]:
+    """The metrics of a finished run, recomputed from its best checkpoint; equal to those that training wrote."""
+    config, data, module = load(folder, **changes)
+    trainer = build_trainer(config, None, progress_bar=False)
+    data.test_split = split
+    trainer.test(module, data, verbose=False)
+    return {f"{split}/{name.split('/', 1)[1]}": float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def environment() -> dict[str, Any]:
+    """What a run was made with: versions, commit, device, command line."""
+    import hydra
+    import torchvision
+
+    try:
+        here = Path(__file__).parent
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+        commit = git.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "pytorch_lightning": pl.__version__,
+        "hydra": hydra.__version__,
+        "git_commit": commit,
+        "device": device,
+        "cores": os.cpu_count(),
+        "command": " ".join(["python", *_command()]),
+        "date": _now(),
+    }
+
+
+def _command() -> list[str]:
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    return ["-m", spec.name, *sys.argv[1:]] if spec is not None else sys.argv
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,44 @@
+"""`python -m vae.train`: train one run, or with -m a sweep of them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from vae.cli import CONFIGS, sentences
+
+
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
+def main(config: DictConfig) -> float:
+    """Returns the best validation loss in nats, which any Hydra sweeper can minimise; NaN for a failed run of a sweep."""
+    from vae.errors import VAEError
+    from vae.run import train  # only now: importing torch takes seconds, and --help should not
+
+    hydra_config = HydraConfig.get()
+    log = logging.getLogger("vae.train")
+    folder = Path(hydra_config.runtime.output_dir)
+    overrides = list(hydra_config.overrides.task)
+    if hydra_config.mode == RunMode.RUN:
+        with sentences():
+            loss = train(config, folder, overrides)
+        log.info(f"Finished: best validation loss {loss:.4f} nats. Run folder: {folder}")
+        return loss
+    # One failed run must not end a sweep: it is recorded in its folder, and the report and the exit code tell.
+    try:
+        loss = train(config, folder, overrides, progress_bar=False)
+        log.info(f"finished {folder.name}: best validation loss {loss:.4f} nats")
+        return loss
+    except VAEError as error:
+        log.error(f"FAILED   {folder.name}: {error}")
+    except Exception:
+        log.exception(f"FAILED   {folder.name}")
+    return float("nan")
+
+
+if __name__ == "__main__":
+    main()
