@@ -145,7 +145,7 @@ def _snippet(name: str) -> dict[str, Any]:
     return namespace
 
 
-def role_of_regulariser(generator: torch.Generator, steps: int = 500) -> dict[str, float]:
+def role_of_regulariser(generator: torch.Generator, steps: int = 400) -> dict[str, float]:
     """A linear VAE on x ~ N(0, diag(4, 1/2)) with noise variance 1: the rates tend to 1/2 log 4 and to 0, a collapse.
 
     Lucas et al. 2019: a latent is kept where the variance of the data exceeds that of the noise.
@@ -154,7 +154,7 @@ def role_of_regulariser(generator: torch.Generator, steps: int = 500) -> dict[st
     encode, decode = torch.full((2,), 0.3), torch.full((2,), 0.3)
     log_var = torch.zeros(2)
     parameters = [p.requires_grad_() for p in (encode, decode, log_var)]
-    optimiser = torch.optim.Adam(parameters, lr=0.02)
+    optimiser = torch.optim.Adam(parameters, lr=0.05)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     deviation = torch.tensor([4.0, 0.5]).sqrt()
     for step in range(steps):
@@ -170,19 +170,19 @@ def role_of_regulariser(generator: torch.Generator, steps: int = 500) -> dict[st
     return {"rate 1": rates[0].item(), "exact 1": 0.5 * math.log(4), "rate 2": rates[1].item(), "exact 2": 0.0}
 
 
-def role_of_teacher(generator: torch.Generator, steps: int = 400) -> dict[str, float]:
+def role_of_teacher(generator: torch.Generator, steps: int = 150) -> dict[str, float]:
     """A linear student of a linear teacher, labels drawn from the teacher: KL(teacher || student) before and after."""
     distillation_loss = _snippet("distillation")["distillation_loss"]
     weights = torch.randn(8, 5, generator=generator)
     student_weights = torch.zeros(8, 5, requires_grad=True)
-    x = torch.randn(2_000, 8, generator=generator)
+    x = torch.randn(1_000, 8, generator=generator)
     labels = torch.multinomial(torch.softmax(x @ weights, -1), 1, generator=generator).squeeze(-1)
 
     def divergence() -> float:
         return kl_categorical(p_logits=x @ weights, q_logits=(x @ student_weights).detach()).mean().item()
 
     before = divergence()
-    optimiser = torch.optim.Adam([student_weights], lr=0.02)
+    optimiser = torch.optim.Adam([student_weights], lr=0.05)
     for _ in range(steps):
         optimiser.zero_grad()
         distillation_loss(lambda x: x @ student_weights, lambda x: x @ weights, x, labels).backward()
@@ -190,12 +190,12 @@ def role_of_teacher(generator: torch.Generator, steps: int = 400) -> dict[str, f
     return {"before": before, "after": divergence()}
 
 
-def role_of_penalty(generator: torch.Generator, steps: int = 600) -> dict[str, Tensor]:
+def role_of_penalty(generator: torch.Generator, steps: int = 250) -> dict[str, Tensor]:
     """A policy over four one-token answers: what REINFORCE reaches, and the optimum, pi_ref exp(reward / beta) / Z."""
     policy_loss = _snippet("policy")["policy_loss"]
     reference, reward = torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.tensor([0.0, 0.5, 0.3, 0.6])
     logits = reference.log().requires_grad_()
-    optimiser = torch.optim.Adam([logits], lr=0.02)
+    optimiser = torch.optim.Adam([logits], lr=0.05)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     mask = torch.ones(512, 1, dtype=torch.bool)
     for step in range(steps):

@@ -297,7 +297,7 @@ def test_mixture_samples_have_its_mean_and_covariance(noise):
 
 @pytest.mark.parametrize(
     ("p", "q", "expected"),
-    [  # papers: one Gaussian fitted to 1/2 N(-2, 1/4) + 1/2 N(2, 1/4) both ways, exact to five digits
+    [  # one Gaussian fitted to 1/2 N(-2, 1/4) + 1/2 N(2, 1/4) both ways (Minka 2005), exact to five digits
         (([0.5, 0.5], [-2.0, 2.0], [0.5, 0.5]), ([1.0], [0.0], [2.0616]), 0.72355),
         (([1.0], [1.9998], [0.5004]), ([0.5, 0.5], [-2.0, 2.0], [0.5, 0.5]), 0.69305),
         (([1.0], [0.0], [1.7364]), ([0.5, 0.5], [-2.0, 2.0], [0.5, 0.5]), 1.8712),

@@ -109,7 +109,7 @@ class Cyclical(Schedule):
         self._hold(steps=steps, cycles=cycles, ramp=ramp)
 
     def forward(self, step: float) -> Tensor:
-        # cycles * step is exact for whole numbers, so that the remainder starts each cycle on its very step.
+        # cycles * step is exact for whole numbers up to 2^24, so that each cycle starts on its very step.
         part_of_cycle = torch.remainder(self.cycles * step, self.steps) / self.steps
         climbing = (part_of_cycle / self.ramp).clamp(max=1.0)
         return torch.where(self.steps > step, climbing, torch.ones_like(climbing))

@@ -21,14 +21,9 @@ CONFIGS = next(
 )
 
 
-def run_folder(chosen: str | None, name: str, resume: bool) -> str:
-    """The folder of a run or sweep: the chosen one, or a new runs/NAME/TIME that no other process has.
-
-    Raises VAEError if the chosen one holds something and `resume` does not allow to touch it.
-    """
+def run_folder(chosen: str | None, name: str) -> str:
+    """The folder of a run or sweep: the chosen one, or a new runs/NAME/TIME that no other process has."""
     if chosen:
-        if not resume and Path(chosen).is_dir() and any(Path(chosen).iterdir()):
-            raise VAEError(f"{chosen} exists already: add resume=true to go on with it, or choose another folder.")
         return chosen
     time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in itertools.count(1):

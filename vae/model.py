@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,30 @@ from torch import Tensor, nn
 from vae.gaussian import DiagonalGaussian
 
 
+class Posterior(Protocol):
+    """q(z|x): a DiagonalGaussian, or what a posterior family makes of the encoder's output.
+
+    rsample -> z (*sample_shape, B, D); log_prob(z) -> (*sample_shape, B), in nats; mean, or a centre that its class
+    defines, (B, D).
+    """
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    def rsample(self, generator: torch.Generator, sample_shape: tuple[int, ...] = ()) -> Tensor: ...
+
+    def log_prob(self, z: Tensor) -> Tensor: ...
+
+
 class VAEOutput(NamedTuple):
     """One pass of images through the model. S stands for the sample shape, () unless several z were asked for.
 
     posterior: q(z|x) of each image; z (*S, B, D); distortion = -log p(x|z), (*S, B); kl: KL(q(z|x) || p(z)) in nats,
-    (B, D) a dimension where the prior has a closed form, otherwise the one-sample estimate log q(z|x) - log p(z),
+    (B, D) a dimension where it has a closed form, otherwise the one-sample estimate log q(z|x) - log p(z),
     (*S, B, 1); params: the likelihood's parameters (*S, B, P, C, H, W).
     """
 
-    posterior: DiagonalGaussian
+    posterior: Posterior
     z: Tensor
     params: Tensor
     distortion: Tensor
@@ -34,24 +50,33 @@ class VAE(nn.Module):
     """p(x, z) = p(x|z) p(z) with the amortised posterior q(z|x) (Kingma & Welling 2014; Rezende et al. 2014).
 
     encoder: (B, C, H, W) -> (B, 2 D); decoder: (N, D) -> (N, P, C, H, W); with `num_classes` both also take labels.
+    posterior: the family of q(z|x), encoder's output -> distribution over z, a module if it has weights of its own; then
+    the encoder gives as many numbers as the family asks for.
     """
 
     def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, prior: nn.Module, likelihood: nn.Module, num_classes: int = 0
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        prior: nn.Module,
+        likelihood: nn.Module,
+        num_classes: int = 0,
+        posterior: Callable[[Tensor], Posterior] = DiagonalGaussian.from_parameters,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.prior, self.likelihood = prior, likelihood
         self.num_classes = num_classes
+        self.posterior = posterior
 
     @property
     def latent_dim(self) -> int:
         return self.prior.latent_dim
 
-    def encode(self, x: Tensor, y: Tensor | None = None) -> DiagonalGaussian:
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Posterior:
         """q(z|x) or q(z|x, y); x (B, C, H, W) in [0, 1]."""
         parameters = self.encoder(x, y) if self.num_classes else self.encoder(x)
-        return DiagonalGaussian.from_parameters(parameters)
+        return self.posterior(parameters)
 
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """The likelihood's parameters, (..., D) -> (..., P, C, H, W); labels y (...) broadcast against z."""
@@ -67,13 +92,16 @@ class VAE(nn.Module):
     ) -> VAEOutput:
         """Encode, draw z with the reparameterisation, decode, and measure both halves of the ELBO in nats."""
         posterior = self.encode(x, y)
-        z = posterior.rsample(generator, sample_shape)
+        return self.measure(x, posterior, posterior.rsample(generator, sample_shape), y)
+
+    def measure(self, x: Tensor, posterior: Posterior, z: Tensor, y: Tensor | None = None) -> VAEOutput:
+        """Decode z, (*S, B, D), wherever it comes from, and measure both halves of the ELBO of x in nats."""
         params = self.decode(z, y)
         return VAEOutput(posterior, z, params, -self.likelihood.log_prob(params, x), self.kl(posterior, z))
 
-    def kl(self, posterior: DiagonalGaussian, z: Tensor) -> Tensor:
-        """KL(q || p) by closed form, (B, D), where the prior has one; otherwise estimated at z, (..., 1)."""
-        if hasattr(self.prior, "kl"):
+    def kl(self, posterior: Posterior, z: Tensor) -> Tensor:
+        """KL(q || p) by closed form, (B, D), where prior and posterior have one; otherwise estimated at z, (..., 1)."""
+        if hasattr(self.prior, "kl") and isinstance(posterior, DiagonalGaussian):
             return self.prior.kl(posterior)
         return (posterior.log_prob(z) - self.prior.log_prob(z)).unsqueeze(-1)
 

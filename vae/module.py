@@ -78,7 +78,6 @@ class VAEModule(pl.LightningModule):
         self.refuse_divergence()
         self._end_part()
         self.log_dict({f"train/{name}": value for name, value in self._since_log.compute().items()})
-        self.log("loss", self._since_log.compute()["loss"], prog_bar=True, logger=False)
         self._since_log = Means()
 
     def _end_part(self) -> None:
@@ -102,32 +101,41 @@ class VAEModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.refuse_divergence()  # before any checkpoint of these weights is written
-        self._totals, self._losses = ELBOTotals(), Means()
+        self._totals, self._terms = ELBOTotals(), Means()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def _measure(self, batch: Batch) -> None:
         noise = generator(batch.seed, "z", device=batch.x.device)
-        self._losses.add(self.objective(self.vae, batch, noise, self.steps), weight=len(batch.x))
+        self._terms.add(self.objective(self.vae, batch, noise, self.steps), weight=len(batch.x))
         self._totals.update(self.vae, batch)
 
+    def _measured(self) -> dict[str, Any]:
+        """The objective's own terms, and over them what is measured alike for every objective."""
+        return {**self._terms.compute(), **self._totals.compute()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure(batch)
+
     def on_validation_epoch_end(self) -> None:
-        loss = self._losses.compute()["loss"]
-        if not torch.isfinite(loss):
-            raise VAEError(f"The validation loss is {float(loss)} after step {self.steps}: the run has diverged.")
+        metrics = self._measured()
+        if not torch.isfinite(metrics["loss"]):
+            raise VAEError(
+                f"The validation loss is {float(metrics['loss'])} after step {self.steps}: the run has diverged."
+            )
         self.kl_per_dimension = self._totals.kl_per_dimension()
-        self.log_dict({"val/loss": loss, **{f"val/{k}": v for k, v in self._totals.compute().items()}})
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()})
 
     def on_test_epoch_start(self) -> None:
-        self._totals = ELBOTotals()
+        self._totals, self._terms = ELBOTotals(), Means()
         self._log_likelihood = Means()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._totals.update(self.vae, batch)
+        self._measure(batch)
         if self.nll_samples:
             nll = -log_likelihood(self.vae, batch, self.nll_samples)
             self._log_likelihood.add({f"nll_iw{self.nll_samples}": nll.double().mean()}, weight=len(batch.x))
 
     def on_test_epoch_end(self) -> None:
-        metrics = {**self._totals.compute(), **self._log_likelihood.compute()}
+        metrics = {**self._measured(), **self._log_likelihood.compute()}
         self.log_dict({f"test/{name}": value for name, value in metrics.items()})
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

@@ -1,12 +1,23 @@
-"""p(z): what the aggregate posterior is held to."""
+"""p(z): what the aggregate posterior is held to.
+
+A prior has `log_prob(z (..., D)) -> (...)`, `sample(n, generator) -> (n, D)` and, where KL(q(z|x) || p(z)) has a closed
+form, `kl(posterior) -> (..., D)`. Of these only the standard normal has one: for the others the model estimates the rate
+by log q(z|x) - log p(z) at the z it draws.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from vae.errors import VAEError
+from vae.flows import AffineCoupling
 from vae.gaussian import LOG_2PI, DiagonalGaussian
-from vae.kl import gaussian_kl_to_standard_normal
+from vae.kl import GaussianMixture, gaussian_kl_to_standard_normal
+
+MAX_ELEMENTS = 2**24  # of a (rows, components, D) block held at a time
 
 
 class StandardNormal(nn.Module):
@@ -29,3 +40,108 @@ class StandardNormal(nn.Module):
     def kl(self, posterior: DiagonalGaussian) -> Tensor:
         """KL(q(z|x) || p(z)) of each dimension, (..., D), in nats."""
         return gaussian_kl_to_standard_normal(posterior.mean, posterior.log_var)
+
+
+class MixturePrior(nn.Module):
+    """A mixture of diagonal Gaussians: a subclass says which, in `mixture()`."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+
+    def mixture(self) -> GaussianMixture:
+        """The components as they are now."""
+        raise NotImplementedError
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z), (..., D) -> (...), in nats. At most MAX_ELEMENTS numbers a block, whatever the number of z."""
+        mixture = self.mixture()
+        rows = max(1, MAX_ELEMENTS // mixture.mean.numel())
+        parts = z.reshape(-1, self.latent_dim).split(rows)
+        return torch.cat([mixture.log_prob(part) for part in parts]).reshape(z.shape[:-1])
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n, D)."""
+        return self.mixture().sample(n, generator)
+
+
+class MixtureOfGaussians(MixturePrior):
+    """`components` diagonal Gaussians, all weights, means and variances learned.
+
+    Means start as draws from N(0, I), variances and weights equal. Raises VAEError for no component.
+    """
+
+    def __init__(self, latent_dim: int, components: int = 10) -> None:
+        super().__init__(latent_dim)
+        if components < 1:
+            raise VAEError(f"A mixture needs at least one component, not {components}.")
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.mean = nn.Parameter(torch.randn(components, latent_dim))
+        self.log_var = nn.Parameter(torch.zeros(components, latent_dim))
+
+    def mixture(self) -> GaussianMixture:
+        return GaussianMixture(self.logits, self.mean, self.log_var)
+
+
+class VampPrior(MixturePrior):
+    """1/K sum_k q(z|u_k): the encoder's own posteriors at K learned pseudo-inputs u_k (Tomczak & Welling 2018, eq. 9).
+
+    encoder: (K, C, H, W) -> (K, 2 D), the model's own; it is used here, not owned. images: called with K, returns K
+    training images (K, C, H, W) in [0, 1]. The pseudo-inputs are sigmoid(logits), strictly inside (0, 1): they start at
+    those images drawn towards grey by START_MARGIN, where the sigmoid's gradient is alive (a clamp's would be 0 on black
+    and white pixels), with a little noise that sets equal images apart. Raises VAEError for no pseudo-input.
+    """
+
+    needs_encoder = True
+    START_MARGIN, START_NOISE = 0.05, 0.1  # the pixels' distance from 0 and 1; the standard deviation of the logits
+
+    def __init__(
+        self, latent_dim: int, encoder: nn.Module, images: Callable[[int], Tensor], pseudo_inputs: int = 500
+    ) -> None:
+        super().__init__(latent_dim)
+        if pseudo_inputs < 1:
+            raise VAEError(f"prior.pseudo_inputs={pseudo_inputs} must be at least 1.")
+        self._encoder = (encoder,)  # in a tuple, so that its weights are listed and saved once, as the model's
+        start = torch.logit(self.START_MARGIN + (1 - 2 * self.START_MARGIN) * images(pseudo_inputs))
+        self.logits = nn.Parameter(start + self.START_NOISE * torch.randn_like(start))
+
+    def pseudo_inputs(self) -> Tensor:
+        """u, (K, C, H, W) in (0, 1)."""
+        return torch.sigmoid(self.logits)
+
+    def mixture(self) -> GaussianMixture:
+        q = DiagonalGaussian.from_parameters(self._encoder[0](self.pseudo_inputs()))
+        return GaussianMixture(torch.zeros_like(q.mean[:, 0]), q.mean, q.log_var)
+
+
+class RealNVP(nn.Module):
+    """N(0, I) carried through affine couplings (Dinh et al. 2017); starts as N(0, I).
+
+    log p(z) = log N(e; 0, I) - log|det dz/de| with e = flow^-1(z), both directions in closed form.
+    Raises VAEError for one latent, which leaves nothing to couple, or for no layer.
+    """
+
+    def __init__(self, latent_dim: int, layers: int = 6, hidden: Sequence[int] = (64, 64)) -> None:
+        super().__init__()
+        if latent_dim < 2:
+            raise VAEError("prior=realnvp couples latents with one another: it needs model.latent_dim of at least 2.")
+        if layers < 1:
+            raise VAEError(f"prior.layers={layers} must be at least 1.")
+        self.latent_dim = latent_dim
+        self.noise = StandardNormal(latent_dim)
+        self.layers = nn.ModuleList(AffineCoupling(latent_dim, hidden, odd=i % 2 == 1) for i in range(layers))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z), (..., D) -> (...), in nats."""
+        log_det = torch.zeros((), dtype=z.dtype, device=z.device)
+        for layer in reversed(self.layers):
+            z, part = layer.inverse(z)
+            log_det = log_det + part
+        return self.noise.log_prob(z) - log_det
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n, D)."""
+        z = self.noise.sample(n, generator)
+        for layer in self.layers:
+            z, _ = layer(z)
+        return z

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import datetime
 import functools
+import inspect
 import json
+import logging
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +22,26 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
+from vae.callbacks.progress import Progress
 from vae.callbacks.records import HyperParameters
 from vae.data.module import ImageDataModule
 from vae.errors import VAEError
 from vae.files import write_json, write_text
+from vae.gaussian import DiagonalGaussian
+from vae.hierarchical import BottomDecoder
 from vae.model import VAE
 from vae.module import VAEModule
 from vae.networks import set_output_bias
-from vae.seeding import derive
+from vae.seeding import derive, generator
 
 # Importing Lightning on a machine without CUDA sets this, and each Adam step then looks for the driver: 60 us a step.
 os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
 
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # what it says of devices is in environment.json
 for _noise in (
+    ".*smaller than the logging interval.*",
     ".*does not have many workers.*",
     ".*`isinstance.treespec, LeafSpec.`.*",
     ".*Checkpoint directory.*exists.*",
@@ -55,17 +65,31 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "init"))
         objective = instantiate(config.objective)
-        if isinstance(objective, functools.partial):  # it builds networks of its own
-            objective = objective(image_shape=data.image_shape, latent_dim=latent_dim, num_classes=data.num_classes)
-        num_classes = data.num_classes if objective.conditional else 0
+        waiting = isinstance(objective, functools.partial)  # for what only the model and the data can tell
+        num_classes = data.num_classes if (objective.func if waiting else objective).conditional else 0
         likelihood = instantiate(config.likelihood)
-        encoder, decoder = instantiate(config.network)(
+        network = functools.partial(
+            instantiate(config.network),
             image_shape=data.image_shape,
-            latent_dim=latent_dim,
             params_per_pixel=likelihood.params_per_pixel,
             num_classes=num_classes,
         )
-        vae = VAE(encoder, decoder, instantiate(config.prior)(latent_dim=latent_dim), likelihood, num_classes)
+        encoder, decoder = network(latent_dim=latent_dim)
+        posterior = instantiate(config.posterior)(latent_dim=latent_dim) if config.posterior else None
+        if posterior is not None and posterior.encoder_outputs > 2 * latent_dim:  # the same network, wider at its end
+            encoder, _ = network(latent_dim=math.ceil(posterior.encoder_outputs / 2))
+        prior = build_prior(config, data, encoder, posterior)
+        vae = VAE(
+            encoder,
+            decoder if prior.latent_dim == latent_dim else BottomDecoder(decoder, latent_dim),
+            prior,
+            likelihood,
+            num_classes,
+            posterior or DiagonalGaussian.from_parameters,
+        )
+        if waiting:
+            objective = objective(**facts_for(objective, vae, data))
+    objective.prepare(vae, data)
     if config.model.output_bias_from_data:
         set_output_bias(decoder, likelihood.bias_for_mean(data.train_mean()))
     module = VAEModule(
@@ -78,6 +102,40 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
     return data, module
 
 
+def facts_for(objective: functools.partial, vae: VAE, data: ImageDataModule) -> dict[str, Any]:
+    """What an objective's constructor asks for by these names, where the config does not give it."""
+    facts: dict[str, Callable[[], Any]] = {
+        "image_shape": lambda: data.image_shape,
+        "latent_dim": lambda: vae.latent_dim,
+        "num_classes": lambda: data.num_classes,
+        "dataset_size": lambda: len(data.splits_ready().train),
+        "labelled_fraction": lambda: data.labelled_fraction,
+    }
+    asked = inspect.signature(objective.func).parameters
+    return {name: fact() for name, fact in facts.items() if name in asked and objective.keywords.get(name) is None}
+
+
+def build_prior(
+    config: DictConfig, data: ImageDataModule, encoder: nn.Module, posterior: nn.Module | None
+) -> nn.Module:
+    """The prior that a config describes; one that reads the model's encoder is given that and training images."""
+    make = instantiate(config.prior)
+    if getattr(make.func, "needs_encoder", False):
+        if posterior is not None or encoder.num_classes:
+            raise VAEError("prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels.")
+
+        def images(n: int) -> Tensor:
+            train = data.splits_ready().train
+            order = torch.randperm(len(train), generator=generator(config.seed, "pseudo-inputs"))
+            return data.scale(train.gather(order[torch.arange(n) % len(train)])[0])
+
+        make = functools.partial(make, encoder=encoder, images=images)
+    prior = make(latent_dim=config.model.latent_dim)
+    if prior.latent_dim != (config.model.latent_dim if posterior is None else posterior.latent_dim):
+        raise VAEError("A two-layer model needs both prior=two_layer and posterior=two_layer, with the same top_dim.")
+    return prior
+
+
 def build_trainer(config: DictConfig, folder: Path | None, progress_bar: bool) -> pl.Trainer:
     """A Lightning Trainer; with `folder=None` one that only measures and writes nothing."""
     options = OmegaConf.to_container(config.trainer, resolve=True)
@@ -86,13 +144,13 @@ def build_trainer(config: DictConfig, folder: Path | None, progress_bar: bool) -
     else:
         outputs = {
             "callbacks": [
+                *([Progress()] if progress_bar and config.progress_bar else []),
                 *(instantiate(callback) for callback in config.callbacks.values() if callback is not None),
                 HyperParameters(settings(config)),
             ],
             "logger": instantiate(config.logger)(save_dir=folder) if config.logger else False,
         }
-    progress_bar = progress_bar and config.progress_bar
-    return pl.Trainer(**options, **outputs, default_root_dir=folder, enable_progress_bar=progress_bar)
+    return pl.Trainer(**options, **outputs, default_root_dir=folder, enable_progress_bar=False)
 
 
 def settings(config: DictConfig) -> dict[str, Any]:
@@ -110,13 +168,13 @@ def settings(config: DictConfig) -> dict[str, Any]:
     return flat
 
 
-SETTINGS = ("data", "network", "likelihood", "prior", "objective", "optimizer", "lr_schedule", "model", "seed")
+SETTINGS = ("data", "network", "likelihood", "prior", "posterior", "objective", "optimizer", "lr_schedule", "model", "seed")
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def train(config: DictConfig, folder: Path, overrides: list[str], progress_bar: bool = True) -> float:
+def train(config: DictConfig, folder: Path, overrides: list[str], progress_bar: bool = True, jobs: int = 1) -> float:
     """Train, test and record a run in `folder`; returns the best validation loss.
 
     Writes config.yaml, environment.json, status.json, checkpoints, pictures and, last, metrics.json. Whatever ends the
@@ -124,6 +182,7 @@ def train(config: DictConfig, folder: Path, overrides: list[str], progress_bar: 
     """
     status = {"state": "running", "reason": None, "started": _now(), "seconds": 0.0, "epochs": 0}
     started = time.monotonic()
+    set_threads(config.threads, jobs)
     folder.mkdir(parents=True, exist_ok=True)
     config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
@@ -143,7 +202,6 @@ def train(config: DictConfig, folder: Path, overrides: list[str], progress_bar: 
 
 
 def _fit_and_test(config: DictConfig, folder: Path, progress_bar: bool) -> tuple[float, int]:
-    set_threads(config.threads)
     data, module = build(config)
     trainer = build_trainer(config, folder, progress_bar)
     if trainer.max_epochs == 0:
@@ -171,11 +229,11 @@ def _floats(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if name.startswith(prefix)}
 
 
-def set_threads(threads: int | str) -> None:
-    """Threads of this process's arithmetic; `auto` shares the cores among the jobs that run side by side."""
+def set_threads(threads: int | str, jobs: int = 1) -> None:
+    """Threads of this process's arithmetic; `auto` shares the cores among `jobs` side by side (-1: one a core)."""
     if threads == "auto":
-        jobs = int(os.environ.get("VAE_PARALLEL_JOBS", "1"))
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs) if hasattr(os, "sched_getaffinity") else 1
+        cores = os.cpu_count() or 1
+        threads = max(1, cores // (jobs if jobs > 0 else cores))
     if not isinstance(threads, int) or threads < 1:
         raise VAEError(f"threads={threads} must be `auto` or a whole number of at least 1.")
     torch.set_num_threads(threads)

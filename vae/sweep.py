@@ -1,4 +1,4 @@
-"""What surrounds the runs of a Hydra sweep: names before it, the report after it. Imports no torch."""
+"""What surrounds the runs that Hydra starts: folders before, the report of a sweep after. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
+from vae.cli import sentences
+from vae.errors import VAEError
+
 
 class SweepCallback(Callback):
-    """Names each run's folder by what varies; when all have ended, writes the report and prints the table.
+    """Refuses to touch a folder that is in use; names a sweep's runs by what varies; reports when all have ended.
 
-    The process exits with code 1 if a run failed.
+    The process exits with code 1 if a run of the sweep failed.
     """
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        refuse_used_folder(config)
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        refuse_used_folder(config)
         task = list(config.hydra.overrides.task)
-        constant = [
-            o.get_key_element() for o in OverridesParser.create().parse_overrides(task) if not o.is_sweep_override()
-        ]
+        constant = [o.get_key_element() for o in OverridesParser.create().parse_overrides(task) if not o.is_sweep_override()]
         with open_dict(config):
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{','.join(constant)}]"
@@ -41,3 +46,10 @@ class SweepCallback(Callback):
         console.print(f"TensorBoard: tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
         if sweep.failed:
             sys.exit(1)
+
+
+def refuse_used_folder(config: DictConfig) -> None:
+    """Exit with a sentence if `run` names a folder that holds something and `resume` does not allow to touch it."""
+    with sentences():
+        if config.run and not config.resume and Path(config.run).is_dir() and any(Path(config.run).iterdir()):
+            raise VAEError(f"{config.run} exists already: add resume=true to go on with it, or choose another folder.")

@@ -30,7 +30,8 @@ def main(config: DictConfig) -> float:
         return loss
     # One failed run must not end a sweep: it is recorded in its folder, and the report and the exit code tell.
     try:
-        loss = train(config, folder, overrides, progress_bar=False)
+        jobs = hydra_config.launcher.get("n_jobs", 1)  # joblib's; other launchers give each job a machine of its own
+        loss = train(config, folder, overrides, progress_bar=False, jobs=jobs)
         log.info(f"finished {folder.name}: best validation loss {loss:.4f} nats")
         return loss
     except VAEError as error:

@@ -162,7 +162,7 @@ class Pictures(pl.Callback):
                 header = [f"factor {i}" for i in range(len(labels[0]))]
             thumbnails = torch.nn.functional.interpolate(examples.x.cpu(), size=32, mode="nearest")
             writer.add_embedding(
-                mean.cpu(), labels, thumbnails, module.steps, "posterior means", metadata_header=header
+                mean.cpu(), labels, thumbnails, module.steps, "posterior_means", metadata_header=header
             )
 
     @torch.no_grad()

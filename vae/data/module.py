@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vae.data.images import Images, ImageSet, Splits
+from vae.data.pairs import Partners, partners_of
 from vae.errors import VAEError
 from vae.seeding import derive, generator
 
@@ -18,21 +19,34 @@ BINARIZATIONS = ("none", "threshold", "static", "dynamic")
 
 
 class Batch(NamedTuple):
-    """x: uint8 (B, C, H, W) as loaded, float in [0, 1] once prepared; y: int64 (B, ...) or None; seed: of every draw."""
+    """x: uint8 (B, C, H, W) as loaded, float in [0, 1] once prepared; y: int64 (B, ...) or None; seed: of every draw;
+    partner: like x, images that share most of their factors with those of x, where an objective asked for them."""
 
     x: Tensor
     y: Tensor | None
     seed: int
+    partner: Tensor | None = None
 
 
 class EpochSampler:
-    """The index batches of an epoch; their order follows from (seed, epoch) alone."""
+    """The index batches of an epoch; their order follows from (seed, epoch) alone.
+
+    guests: (indices, n): n of these, drawn afresh, join each batch; all of them, if there are fewer.
+    """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        guests: tuple[Tensor, int] | None = None,
     ) -> None:
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
+        self.guests = guests
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -52,18 +66,33 @@ class EpochSampler:
             order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
         else:
             order = torch.arange(self.size)
-        yield from order[self.rank :: self.world_size][: self.per_rank].split(self.batch_size)
+        batches = order[self.rank :: self.world_size][: self.per_rank].split(self.batch_size)
+        if self.guests is None:
+            yield from batches
+            return
+        indices, n = self.guests
+        noise = generator(self.seed, "guests", self.epoch, self.rank)
+        for batch in batches:
+            yield torch.cat([batch, indices[torch.randperm(len(indices), generator=noise)[:n]]])
 
 
 class BatchLoader:
     """Yields `Batch`es of a split. Resumes in the middle of an epoch through `state_dict`.
 
     A split in memory is gathered by index, with no worker and no collation; one that declares `streaming = True`
-    goes through an ordinary `DataLoader` with `num_workers` processes.
+    goes through an ordinary `DataLoader` with `num_workers` processes. partners: makes those of a batch from its y.
     """
 
-    def __init__(self, images: ImageSet, sampler: EpochSampler, stream: str, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        sampler: EpochSampler,
+        stream: str,
+        num_workers: int = 0,
+        partners: Partners | None = None,
+    ) -> None:
         self.images, self.sampler, self.stream, self.num_workers = images, sampler, stream, num_workers
+        self.partners = partners
         self.batch_sampler = None  # Lightning looks for it wherever there is a sampler
         self._done = 0  # batches already taken from the current epoch
         self._skip = 0
@@ -84,7 +113,9 @@ class BatchLoader:
         indices = list(self.sampler)[skip:]
         for number, (x, y) in enumerate(self._gathered(indices), start=skip):
             self._done = number + 1
-            yield Batch(x, y, derive(self.sampler.seed, self.stream, self.sampler.epoch, self.sampler.rank, number))
+            seed = derive(self.sampler.seed, self.stream, self.sampler.epoch, self.sampler.rank, number)
+            partner = None if self.partners is None else self.partners(y, generator(seed, "partners"))
+            yield Batch(x, y, seed, partner)
         self._done = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -133,6 +164,8 @@ class ImageDataModule(pl.LightningDataModule):
         self.binarize, self.seed, self.split_seed = binarize, seed, split_seed
         self.num_workers, self.limit, self.labelled = num_workers, limit, labelled
         self.splits: Splits | None = None
+        self.changed_factors: int | str | None = None  # of partners, where an objective asked for them
+        self.labelled_per_batch = 0
         self.test_split = "test"  # `vae.evaluate` may point it at another split
 
     def setup(self, stage: str | None = None) -> None:
@@ -168,10 +201,30 @@ class ImageDataModule(pl.LightningDataModule):
     @property
     def num_classes(self) -> int:
         """Number of class labels. Raises VAEError if the images carry none."""
+        return int(self._class_labels().max()) + 1
+
+    @property
+    def labelled_fraction(self) -> float:
+        """The part of the training images whose label is known. Raises VAEError if the images carry none."""
+        return float((self._class_labels() >= 0).double().mean())
+
+    def _class_labels(self) -> Tensor:
         labels = getattr(self.splits_ready().train, "y", None)
         if labels is None or labels.ndim != 1:
             raise VAEError("This objective or network needs class labels, and the data set has none.")
-        return int(labels.max()) + 1
+        return labels
+
+    def add_labelled(self, n: int) -> None:
+        """Let n labelled images, or all if there are fewer, join every training batch."""
+        self.labelled_per_batch = n
+
+    def add_partners(self, changed_factors: int | str) -> None:
+        """Give every image a partner in which so many factors, or a `random` number, differ.
+
+        Raises VAEError for data without factors, and for a number that makes no sense.
+        """
+        partners_of(self.splits_ready().train, changed_factors)
+        self.changed_factors = changed_factors
 
     def train_mean(self, images: int = 10_000) -> Tensor:
         """Mean training image in [0, 1], (C, H, W), over at most `images` of them; binarisation leaves it unchanged."""
@@ -186,10 +239,10 @@ class ImageDataModule(pl.LightningDataModule):
 
     def prepare(self, batch: Batch, training: bool) -> Batch:
         """Scale and, where it is drawn afresh, binarise a loaded batch on the device it is on."""
-        x = self.scale(batch.x)
+        x, partner = (None if images is None else self.scale(images) for images in (batch.x, batch.partner))
         if self.binarize == "dynamic" and training:
             x = bernoulli(x, generator(batch.seed, "binarize", device=x.device))
-        return batch._replace(x=x)
+        return batch._replace(x=x, partner=partner)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return self.prepare(batch, training=self.trainer.training)
@@ -200,9 +253,12 @@ class ImageDataModule(pl.LightningDataModule):
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         # Evaluation noise follows from the split alone: every run and every method meets the same draws.
         seed = self.seed if shuffle else self.split_seed
-        return BatchLoader(
-            images, EpochSampler(len(images), batch_size, seed, shuffle, rank, world_size), split, self.num_workers
+        guests = (
+            ((images.y >= 0).nonzero()[:, 0], self.labelled_per_batch) if shuffle and self.labelled_per_batch else None
         )
+        sampler = EpochSampler(len(images), batch_size, seed, shuffle, rank, world_size, guests)
+        partners = None if self.changed_factors is None else partners_of(images, self.changed_factors)
+        return BatchLoader(images, sampler, split, self.num_workers, partners)
 
     def train_dataloader(self) -> BatchLoader:
         return self._loader("train", True, self.batch_size)
@@ -249,5 +305,6 @@ def partly_labelled(split: ImageSet, labelled: int, seed: int) -> Images:
     return Images(split.x, y)
 
 
-def _first(split: ImageSet, n: int) -> Images:
-    return Images(*split.gather(torch.arange(min(n, len(split)))))
+def _first(split: ImageSet, n: int) -> ImageSet:
+    index = torch.arange(min(n, len(split)))
+    return split.subset(index) if hasattr(split, "subset") else Images(*split.gather(index))

@@ -8,6 +8,7 @@ All raise VAEError, one sentence naming the file, where one is missing and canno
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import pickle
 import warnings
@@ -21,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vae.data.storage import cache_folder, cached_bits, check, fetch, locked, reason, unpack
 from vae.data.images import Images, Splits
+from vae.data.storage import cache_folder, cached_bits, check, fetch, locked, reason, unpack
 from vae.errors import VAEError
 from vae.files import write_atomically
 from vae.seeding import generator
@@ -139,10 +140,10 @@ def _idx(folder: Path, file: str) -> Tensor:
     if len(data) < start or bytes(data[:4]) != bytes((0, 0, 8, ndim)):
         raise VAEError(f"{path} is not an idx file of {ndim}-dimensional bytes: delete it and it is fetched again.")
     shape = data[4:start].view(">u4").tolist()
-    if len(data) != start + int(np.prod(shape)):
+    if len(data) != (promised := start + math.prod(shape)):
         raise VAEError(
-            f"{path} is damaged or truncated (its header promises {start + int(np.prod(shape))} bytes, it has "
-            f"{len(data)}): delete it and it is fetched again."
+            f"{path} is damaged or truncated (its header promises {promised} bytes, it has {len(data)}): delete it and "
+            "it is fetched again."
         )
     crc = IDX_CRC.get(f"{name}/{file}")
     if crc is not None and zlib.crc32(data) != crc:
@@ -199,15 +200,15 @@ def _amat(path: Path, md5: str) -> np.ndarray:
 def frey_faces(root: Root, val_size: int = 200, test_size: int = 200, seed: int = 0) -> Splits:
     """Brendan Frey's face in 1,965 frames of a film (Roweis et al. 2002), split at random. x (1, 28, 20), no labels.
 
-    Neighbouring frames are alike and fall into different splits, as in the papers that report on this set.
+    1,565 / 200 / 200 as in Tomczak & Welling 2018. Neighbouring frames are alike and fall into different splits.
     """
     from scipy.io import loadmat
 
     path = Path(root).expanduser() / "frey_faces" / "frey_rawface.mat"
     fetch(path, FREY_URLS, FREY_MD5)
     check(path, FREY_MD5)
-    x = Images(torch.from_numpy(loadmat(path)["ff"].T.reshape(-1, 1, 28, 20).copy()))
-    rest, test = hold_out(x, test_size, seed)
+    frames = Images(torch.from_numpy(loadmat(path)["ff"].T.reshape(-1, 1, 28, 20).copy()))
+    rest, test = hold_out(frames, test_size, seed)
     return Splits(*hold_out(rest, val_size, seed), test)
 
 
@@ -294,9 +295,9 @@ class ImageFiles:
 
         try:
             with Image.open(self.folder / name) as image:
-                left, top = (image.width - self.crop) / 2, (image.height - self.crop) / 2
-                box = (left, top, left + self.crop, top + self.crop)
-                small = image.convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR, box)
+                left, top = (image.width - self.crop) // 2, (image.height - self.crop) // 2
+                face = image.convert("RGB").crop((left, top, left + self.crop, top + self.crop))
+                small = face.resize((self.size, self.size), Image.Resampling.BILINEAR)
         except (OSError, SyntaxError, ValueError) as error:
             raise VAEError(f"{self.folder / name} cannot be decoded as an image ({reason(error)}).") from error
         return torch.from_numpy(np.array(small)).permute(2, 0, 1)
@@ -305,8 +306,8 @@ class ImageFiles:
 def celeba(root: Root, size: int = 64, crop: int = 148) -> Splits:
     """Aligned faces of celebrities (Liu et al. 2015), official splits 162,770 / 19,867 / 19,962, decoded on access.
 
-    x (3, size, size) from the central `crop` pixels (148: Larsen et al. 2016; 140 and 128 are also met), y the 40
-    attributes as 0 and 1, (40,). The download, 1.4 GB from Google Drive, needs the package gdown.
+    x (3, size, size) from the central `crop` pixels, y the 40 attributes as 0 and 1, (40,). Papers differ in the crop,
+    so that only results with the same one compare. The download, 1.4 GB from Google Drive, needs the package gdown.
     """
     from torchvision.datasets import CelebA
 

@@ -22,14 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vae.data.storage import cache_folder, cached_bits, check, fetch, open_bits, reason
 from vae.data.images import Splits
 from vae.data.sources import Root
+from vae.data.storage import cache_folder, cached_bits, check, fetch, open_bits, reason
 from vae.errors import VAEError
 from vae.seeding import generator
 
 FACTORS = {"shape": 3, "scale": 6, "orientation": 40, "x": 32, "y": 32}  # row-major: y varies fastest
 SHAPES = ("square", "ellipse", "heart")
+CACHE_ABOVE = 100_000  # images; fewer are drawn as fast as they are read back
 WHITE_PIXELS = 128_328_862  # of the original; the drawing here has 2 more, where a tie falls the other way
 
 DSPRITES_FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
@@ -90,7 +91,7 @@ class FactorGrid:
 
     def _unpacked(self, index: Tensor) -> Tensor:
         # NumPy: 2048 images take 1 ms, a table of bytes in torch twice that
-        pixels = np.unpackbits(self._bits[index.numpy()], axis=1)
+        pixels = np.unpackbits(self._bits[index.cpu().numpy()], axis=1)
         return torch.from_numpy(pixels).mul_(255).view(-1, *self.shape)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def sprites(
         raise VAEError(f"data.size={size} must be a multiple of 8 from 16 to 64.")
     values = chosen_values(subset)
     shape = (math.prod(map(len, values.values())), size * size // 8)
-    if shape[0] <= 100_000:  # drawn sooner than read back
+    if shape[0] <= CACHE_ABOVE:
         bits = render_grid(values, size)
     else:
         name = hashlib.blake2b(repr(values).encode(), digest_size=6).hexdigest()
@@ -290,13 +291,15 @@ def dsprites(
     sizes = tuple(FACTORS.values())
     shape = (math.prod(sizes), 512)
     folder = Path(cache).expanduser() if cache else cache_folder()
-    bits = cached_bits(folder / f"dsprites-{DSPRITES_MD5[:8]}.bits", shape, lambda: packed_npz(path, shape[0]))
+    bits = cached_bits(
+        folder / f"dsprites-{DSPRITES_MD5[:8]}.bits", shape, lambda: packed_npz(path, shape[0], WHITE_PIXELS)
+    )
     if values != whole:
         bits = np.asarray(bits).reshape(*sizes, 512)[np.ix_(*values.values())].reshape(-1, 512)
     return split_grid(FactorGrid(bits, values), val_size, test_size, seed)
 
 
-def packed_npz(path: Path, images: int, white_pixels: int = WHITE_PIXELS) -> np.ndarray:
+def packed_npz(path: Path, images: int, white_pixels: int) -> np.ndarray:
     """The array `imgs` of an npz, uint8 (images, 64, 64) of 0 and 1, as packed bits (images, 512).
 
     Unzipped piece by piece, for whole it is 3 GB. Nothing else of the file is read: it also holds a pickle.

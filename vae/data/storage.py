@@ -38,7 +38,7 @@ def locked(path: Path) -> Iterator[None]:
     name = hashlib.blake2b(str(path.absolute()).encode(), digest_size=8).hexdigest()
     lock = FileLock(cache_folder() / "locks" / f"{name}.lock")
     # Where no lock can be kept, several processes may do the same work, each on a file of its own.
-    with suppress(OSError):
+    with suppress(OSError, NotImplementedError):
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
@@ -70,20 +70,19 @@ def fetch(path: Path, urls: Sequence[str], md5: str) -> Path:
     if path.exists():
         return path
     with locked(path):
+        if path.exists():
+            return path
         failures = []
         for url in urls:
-            if path.exists():
-                return path
             try:
                 _download(url, path, md5)
+                return path
             except (OSError, HTTPException, ValueError) as error:
                 failures.append(f"{url}: {reason(error)}")
-        if failures:
-            raise VAEError(
-                f"{path} is not there and could not be fetched ({'; '.join(failures)}): download it where there is a "
-                "network and copy it there, or set data.root or VAE_DATA_DIR to a folder that has it."
-            )
-    return path
+    raise VAEError(
+        f"{path} is not there and could not be fetched ({'; '.join(failures)}): download it where there is a network "
+        "and copy it there, or set data.root or VAE_DATA_DIR to a folder that has it."
+    )
 
 
 def _download(url: str, path: Path, md5: str) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from vae.beta import Constant
 from vae.errors import VAEError
+from vae.gaussian import DiagonalGaussian
 from vae.model import VAE, VAEOutput
+from vae.seeding import generator
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch
+    from vae.data.module import Batch, ImageDataModule
 
 
 class Objective(nn.Module):
@@ -36,9 +38,19 @@ class Objective(nn.Module):
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.schedule = Constant() if schedule is None else schedule
 
+    def prepare(self, vae: VAE, data: ImageDataModule) -> None:
+        """Called once before training: asks the data for what its batches must carry.
+
+        Raises VAEError, in one sentence, for a model or data that the objective makes no sense with.
+        """
+
+    def multiplier(self, step: int) -> Tensor:
+        """What the schedule says at a training step, 0-dim; outside training, what it ends on."""
+        return self.schedule(step if self.training else math.inf)
+
     def weight(self, step: int) -> Tensor:
         """The weight on the KL at a training step, 0-dim; outside training, where the schedule ends."""
-        return self.beta * self.schedule(step if self.training else math.inf)
+        return self.beta * self.multiplier(step)
 
     def named_terms(self, loss: Tensor, out: VAEOutput, **more: Tensor) -> dict[str, Tensor]:
         """The loss beside the two halves of the ELBO; a feedback controller is told of them while training."""
@@ -59,3 +71,39 @@ class BetaVAE(Objective):
         weight = self.weight(step)
         loss = out.distortion.mean() + weight * out.rate.mean()
         return self.named_terms(loss, out, beta=weight)
+
+
+# --- what an objective may refuse -------------------------------------------------------------------------------------
+
+
+def require_not_negative(objective: nn.Module, **options: float) -> None:
+    """Raises VAEError for an option that is negative or not finite."""
+    for name, value in options.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise VAEError(f"{type(objective).__name__}: {name}={value} must be finite and zero or more.")
+
+
+@torch.no_grad()
+def pass_of_one_image(vae: VAE, data: ImageDataModule) -> VAEOutput:
+    """A training image through the untrained model: what kind of posterior it has, and whether its KL is exact."""
+    batch = data.examples("train", 1)
+    training = vae.training
+    try:
+        return vae.eval()(batch.x, generator("pass of one image"), batch.y)
+    finally:
+        vae.train(training)
+
+
+def require_gaussian_posterior(objective: nn.Module, vae: VAE, data: ImageDataModule) -> None:
+    """Raises VAEError unless q(z|x) is a diagonal Gaussian."""
+    if not isinstance(pass_of_one_image(vae, data).posterior, DiagonalGaussian):
+        raise VAEError(f"{type(objective).__name__} needs a diagonal Gaussian q(z|x): use posterior=diagonal.")
+
+
+def require_kl_per_dimension(objective: nn.Module, vae: VAE, data: ImageDataModule) -> None:
+    """Raises VAEError unless KL(q(z|x) || p(z)) is known in closed form for each latent dimension."""
+    if pass_of_one_image(vae, data).kl.shape[-1] != vae.latent_dim:
+        raise VAEError(
+            f"{type(objective).__name__} needs the KL of each latent dimension in closed form: use a diagonal Gaussian "
+            "posterior and prior=standard_normal."
+        )

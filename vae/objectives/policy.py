@@ -227,7 +227,7 @@ class PolicyObjective(nn.Module):
         """
         if not (log_pi.shape == log_ref.shape == mask.shape) or rewards.shape != log_pi.shape[:1]:
             raise VAEError("A policy batch needs log_pi, log_ref and mask of one shape (B, L), and B rewards.")
-        mask = mask.bool()
+        mask, rewards = mask.bool(), rewards.detach()
         log_pi, log_ref = _real(log_pi, mask), _real(log_ref.detach(), mask)
         log_old = log_pi.detach() if log_old is None else _real(log_old.detach(), mask)
 
@@ -281,8 +281,9 @@ class PPOClip(PolicyObjective):
     """The clipped surrogate (Schulman et al. 2017) on the advantage of whole sequences, several steps a batch.
 
     clip: how far the ratio to the policy that drew the sample may pay; clip_high: upwards, where that differs (DAPO).
-    A critic's advantages of single tokens go to `clipped_loss` directly. Raises VAEError unless 0 < clip < 1 and
-    clip_high > 0.
+    There is no critic: all tokens share their sequence's advantage, penalty included. One that is trained on
+    `token_rewards` hands its advantages of single tokens to `clipped_loss`.
+    Raises VAEError unless 0 < clip < 1 and clip_high > 0.
     """
 
     def __init__(

@@ -23,10 +23,18 @@ for (const table of document.querySelectorAll("table.runs")) {
   });
 }
 document.querySelector("#all-metrics")?.addEventListener("change", (event) => {
-  document.querySelector("table.runs").classList.toggle("all", event.target.checked);
+  for (const table of document.querySelectorAll("table.runs")) table.classList.toggle("all", event.target.checked);
 });
 document.querySelector("#thumb")?.addEventListener("input", (event) => {
   document.documentElement.style.setProperty("--thumb", `${event.target.value}px`);
+});
+// a point leads to its row, also where the table is folded
+addEventListener("hashchange", () => {
+  const fold = document.querySelector(location.hash || "#none")?.closest("details");
+  if (fold && !fold.open) {
+    fold.open = true;
+    document.querySelector(location.hash).scrollIntoView({ block: "center" });
+  }
 });
 const dialog = document.querySelector("dialog");
 for (const link of document.querySelectorAll("button.picture")) {

@@ -5,20 +5,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
+import re
 import shlex
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 from urllib.parse import quote
 
 from vae.errors import VAEError
+from vae.files import write_atomically, write_text
 from vae.report.pictures import Gallery, galleries
 from vae.report.plots import draw
 from vae.report.runs import Run, flatten
-from vae.report.sweep import Sweep, format_value, printable, read_sweep
+from vae.report.sweep import Sweep, canonical, format_value, printable, read_sweep
 from vae.report.tables import Column, count, csv_text, duration, nats, number_columns, tally
 
 _HERE = Path(__file__).parent
@@ -26,24 +27,30 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Cell:
-    """text: as shown; sort: what the column is ordered by; heat: 0..1, how deep the tint; bar: 0..1, how long."""
+    """text: as shown; sort: what its column is ordered by, "" stays last; spread: of the seeds; heat: 0..1, how deep the
+    tint, or None; bar: 0..1, how long, or None."""
 
     text: str
     sort: float | str
+    spread: str = ""
     heat: float | None = None
     bar: float | None = None
-    best: bool = False
-    extra: bool = False
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
+    """A run, or the mean of runs that differ in their seed alone. index: of the first run in the sweep."""
+
+    runs: list[Run]
     index: int
-    run: Run
-    href: str
     best: bool
     words: list[Cell]
     numbers: list[Cell]
+
+    @property
+    def run(self) -> Run:
+        return self.runs[0]
 
 
 def write_report(folder: str | Path | Sweep) -> Path:
@@ -56,14 +63,13 @@ def write_report(folder: str | Path | Sweep) -> Path:
     report = sweep.folder / "report"
     plots = draw(sweep)
     try:
-        (report / "plots").mkdir(parents=True, exist_ok=True)
-        drawn = {f"{plot.name}.png": plot.png for group in plots for plot in group}
-        for name, png in drawn.items():
-            _replace(report / "plots" / name, png)
-        for stale in set((report / "plots").glob("*.png")) - {report / "plots" / name for name in drawn}:
+        drawn = {report / "plots" / f"{plot.name}.png": plot.png for group in plots for plot in group}
+        for path, png in drawn.items():
+            write_atomically(path, lambda file, png=png: file.write(png))
+        for stale in set((report / "plots").glob("*.png")) - set(drawn):
             stale.unlink()  # of an earlier report, whose settings this one no longer has
-        _replace(report / "runs.csv", csv_text(sweep).encode())
-        _replace(report / "index.html", render(sweep, plots).encode())
+        write_text(report / "runs.csv", csv_text(sweep))
+        write_text(report / "index.html", render(sweep, plots))
     except OSError as error:
         raise VAEError(f"The report cannot be written to {str(report)!r}: {error.strerror or error}.") from error
     return report / "index.html"
@@ -78,6 +84,7 @@ def render(sweep: Sweep, plots: list[list[Any]]) -> str:
     )
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     columns = number_columns(sweep)
+    averaged = [column for column in columns if column.key and column.title != "time"]
     shown = galleries(sweep)
     return environment.get_template("page.html.j2").render(
         sweep=sweep,
@@ -85,7 +92,10 @@ def render(sweep: Sweep, plots: list[list[Any]]) -> str:
         tally=tally(sweep),
         best=[(data, run) for data in sweep.data_sets if (run := sweep.best(data))],
         columns=columns,
-        rows=_rows(sweep, columns),
+        rows=_rows(sweep, columns, [[run] for run in sweep.runs]),
+        means=_rows(sweep, averaged, _replicates(sweep)) if sweep.seeds else [],
+        averaged=averaged,
+        link=lambda run: "../" if run.folder == sweep.folder else f"../{quote(run.name)}/",
         plots=plots,
         galleries=shown,
         thumb=_thumb(shown),
@@ -106,31 +116,46 @@ def render(sweep: Sweep, plots: list[list[Any]]) -> str:
 # ---- what the page shows ----
 
 
-def _rows(sweep: Sweep, columns: list[Column]) -> list[Row]:
-    heat = {id(column): _relative(sweep, column) for column in columns}
-    best = {id(sweep.best(data)) for data in sweep.data_sets} if len(sweep.finished) > 1 else set()
+def _rows(sweep: Sweep, columns: list[Column], groups: list[list[Run]]) -> list[Row]:
+    """A row for each group of runs: its settings, and the mean of each number with the seeds' standard deviation."""
+    means = {column: [_mean([column.value(run) for run in runs]) for runs in groups] for column in columns}
+    ranks = {column: _ranks([runs[0].data for runs in groups], means[column], column.better) for column in columns}
     rows = []
-    for index, run in enumerate(sweep.runs):
-        words = [_word(run.settings.get(key)) for key in sweep.swept]
+    for i, runs in enumerate(groups):
+        words = [_word(runs[0].settings.get(key)) for key in sweep.swept]
         if sweep.seeds:
-            words.append(_word(run.seed))
+            one = len(runs) == 1 and len(groups) == len(sweep.runs)
+            words.append(_word(runs[0].seed) if one else Cell(str(len(runs)), len(runs)))
         numbers = []
         for column in columns:
-            value, share = column.value(run), heat[id(column)].get(index)
-            missing = math.isnan(value) and not (run.finished and column.title != "time")
+            value, values = means[column][i], [column.value(run) for run in runs]
+            absent = math.isnan(value) and (not runs[0].finished or column.title == "time")
+            spread = column.show(stdev(values)) if len(runs) > 1 and all(map(math.isfinite, values)) else ""
             numbers.append(
                 Cell(
-                    "–" if missing else column.show(value),
+                    "–" if absent else column.show(value),
                     value if math.isfinite(value) else "",
-                    heat=share if column.better else None,
-                    bar=_active_share(sweep, run, value) if column.title == "active" else None,
-                    best=column.better is not None and share == 1.0,
-                    extra=not column.key,
+                    f"± {spread}" if spread else "",
+                    heat=ranks[column][i] if column.better else None,
+                    bar=_active_share(runs[0], value) if column.title == "active" else None,
+                    kind="" if column.key else "extra",
                 )
             )
-        href = "../" if run.folder == sweep.folder else f"../{quote(run.name)}/"
-        rows.append(Row(index, run, href, id(run) in best, words, numbers))
+        best = any(c.title == "ELBO" and ranks[c][i] == 1 for c in columns)
+        rows.append(Row(runs, sweep.runs.index(runs[0]), best, words, numbers))
     return rows
+
+
+def _replicates(sweep: Sweep) -> list[list[Run]]:
+    """The finished runs, those that differ in their seed alone together."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in sweep.finished:
+        groups.setdefault((run.data, *map(canonical, run.settings.values())), []).append(run)
+    return list(groups.values())
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _word(value: Any) -> Cell:
@@ -139,20 +164,18 @@ def _word(value: Any) -> Cell:
     return Cell(text, value if numeric else text)
 
 
-def _relative(sweep: Sweep, column: Column) -> dict[int, float]:
-    """Where each run stands between the worst (0) and the best (1) of its data set, by rank: outliers do not flatten it."""
-    shares = {}
-    for data in sweep.data_sets:
-        values = {
-            i: v for i, run in enumerate(sweep.runs) if run.data == data and math.isfinite(v := column.value(run))
-        }
-        levels = sorted(set(values.values()), reverse=column.better == "lower")
-        if len(levels) > 1:
-            shares |= {i: levels.index(value) / (len(levels) - 1) for i, value in values.items()}
-    return shares
+def _ranks(sets: list[str], values: list[float], better: str | None) -> list[float | None]:
+    """Where each value stands between the worst (0) and the best (1) of its data set. By rank, which outliers leave be."""
+    ranks: list[float | None] = [None] * len(values)
+    for data in set(sets):
+        mine = [i for i, value in enumerate(values) if sets[i] == data and math.isfinite(value)]
+        levels = sorted({values[i] for i in mine}, reverse=better == "lower")
+        for i in mine if len(levels) > 1 else ():
+            ranks[i] = levels.index(values[i]) / (len(levels) - 1)
+    return ranks
 
 
-def _active_share(sweep: Sweep, run: Run, active: float) -> float | None:
+def _active_share(run: Run, active: float) -> float | None:
     size = run.config.get("model.latent_dim")
     return min(1.0, active / size) if isinstance(size, int) and size > 0 and math.isfinite(active) else None
 
@@ -166,43 +189,32 @@ def _shared(sweep: Sweep) -> list[tuple[str, str]]:
 
 
 def _made(sweep: Sweep) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Each entry of the runs' environment.json with its values and how many runs had each, the commonest first."""
+    """Each entry of the runs' environment.json with its values and how many runs had each, the commonest first.
+
+    Version numbers that all runs share make one entry; many different values are told by the first and the last.
+    """
     found: dict[str, Counter[str]] = {}
     for run in sweep.runs:
-        for key, value in run.environment.items():
-            if isinstance(value, dict):
-                value = ", ".join(f"{name} {format_value(item)}" for name, item in flatten(value).items())
-            elif isinstance(value, list):
+        for key, value in flatten(run.environment).items():
+            if isinstance(value, list):
                 value = shlex.join(map(str, value))
-            text = printable(value if isinstance(value, str) else format_value(value))
-            found.setdefault(printable(key), Counter())[text] += 1
-    first = ("command", "git", "commit", "device", "hardware", "cpu", "gpu")
-
-    def order(key: str) -> int:
-        return next((i for i, word in enumerate(first) if word in key.lower()), len(first))
-
-    return [(key, found[key].most_common()) for key in sorted(found, key=order)]
+            text = printable(value) if isinstance(value, str) else format_value(value)
+            found.setdefault(printable(key.removeprefix("versions.")), Counter())[text] += 1
+    versions = [key for key, n in found.items() if len(n) == 1 and re.match(r"\d+\.\d+", next(iter(n)))]
+    entries = {key: values.most_common() for key, values in found.items() if key not in versions}
+    for key, values in entries.items():
+        if len(values) > 3:
+            texts = sorted(found[key])
+            entries[key] = [(f"{texts[0]} to {texts[-1]}, {len(texts)} values", values[0][1])]
+    if versions:
+        entries["versions"] = [(", ".join(f"{key} {next(iter(found[key]))}" for key in versions), len(sweep.runs))]
+    first = ("command", "commit", "device", "versions")
+    return sorted(
+        entries.items(), key=lambda entry: next((i for i, w in enumerate(first) if w in entry[0]), len(first))
+    )
 
 
 def _thumb(shown: list[Gallery]) -> int:
     """Width of a picture, in pixels, with which the widest shelf just fills the page."""
     across = max((len(shelf.columns) or 4 for gallery in shown for shelf in gallery.shelves), default=4)
     return max(150, min(320, 960 // across - 14)) // 10 * 10
-
-
-# ---- files ----
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename over it: readers see the old file or the new one, never half of one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

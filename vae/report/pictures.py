@@ -19,11 +19,11 @@ WIDEST = 720  # pixels
 
 _ABOUT = {
     "samples": "Images decoded from draws of the prior: what the model believes the data to look like.",
-    "reconstructions": "Test images and what the model makes of them.",
+    "reconstructions": "Images that were not trained on, each above what the model makes of it.",
     "traversals": "One latent dimension a row, moved through its range while the others stand still.",
     "latent_grid": "The two-dimensional latent space, decoded on a grid.",
-    "embedding": "Where the encoder puts images of the test split.",
-    "posterior_kl": "Nats that each latent dimension carries.",
+    "latent_space": "Where the encoder puts images that were not trained on.",
+    "kl_per_dimension": "What each latent dimension carries, in nats.",
 }
 _ORDER = list(_ABOUT)
 
@@ -114,10 +114,10 @@ def _inline(path: Path, budget: int) -> tuple[str | None, bool]:
     image.thumbnail((WIDEST, 2 * WIDEST), Image.Resampling.LANCZOS)
     encoded, kind = _encode(image, "png"), "png"
     while len(encoded) > budget and min(image.size) > 48:
-        kind, encoded = "jpeg", _encode(image, "jpeg")
-        if len(encoded) > budget:
-            shrink = max(0.5, min(0.9, math.sqrt(budget / len(encoded))))
+        if kind == "jpeg":  # too large even so
+            shrink = max(0.4, min(0.85, 0.95 * math.sqrt(budget / len(encoded))))
             image = image.resize([max(1, round(side * shrink)) for side in image.size], Image.Resampling.LANCZOS)
+        kind, encoded = "jpeg", _encode(image, "jpeg")
     return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}", tiny
 
 
@@ -138,5 +138,5 @@ def _flat(image: Any) -> Any:
 
 def _encode(image: Any, kind: str) -> bytes:
     out = io.BytesIO()
-    image.save(out, kind, **({"optimize": True} if kind == "png" else {"quality": 82, "optimize": True}))
+    image.save(out, kind, **({"quality": 82} if kind == "jpeg" else {}))
     return out.getvalue()

@@ -78,7 +78,9 @@ def draw(sweep: Sweep) -> list[list[Plot]]:
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # names may use letters that the font lacks
         sets = [data for data in sweep.data_sets if _scored(sweep, data, "elbo")]
-        groups = [[_rate_distortion(sweep, data) for data in sets if _scored(sweep, data, "rate", "distortion")]]
+        groups = [
+            [_rate_distortion(sweep, data) for data in sets if len(_scored(sweep, data, "rate", "distortion")) > 1]
+        ]
         for key in sweep.swept:
             for data in sets:
                 metrics = [metric for metric in ("elbo", "active_units") if _scored(sweep, data, metric)]
@@ -100,7 +102,7 @@ def _rate_distortion(sweep: Sweep, data: str) -> Plot:
     curves, hue = curves_along(sweep, runs, along)
     palette = Palette(sweep, hue)
 
-    fig, ax = _figure(*((9.0, 5.2) if len(sweep.data_sets) == 1 else (5.8, 4.8)))
+    fig, ax = _figure(*((10.4, 5.4) if len(sweep.data_sets) == 1 else (5.8, 4.8)))
     labels, solid = [], []
     for curve in curves:
         colour, marker = palette(curve.settings.get(hue))
@@ -118,10 +120,8 @@ def _rate_distortion(sweep: Sweep, data: str) -> Plot:
         if hue is not None and len(curves) <= 12:
             x, y = max(xy)
             labels.insert(0, (x, y, _curve_name(sweep, curve), colour, 9.5, True))
-    best = sweep.best(data)
-    if len(runs) > 1 and best in runs:
-        ring = next(group for curve in curves for _, group in curve.points if best in group)
-        x, y = _mean(sweep, ring, "rate"), _mean(sweep, ring, "distortion")
+    if len(solid) > 1:
+        x, y = min(solid, key=sum)
         ax.plot(x, y, "o", ms=13, mfc="none", mec=INK, mew=1.1, zorder=5)
         labels.append((x, y, "best ELBO", INK, 8.5, True))
     ax.margins(0.09)
@@ -146,16 +146,19 @@ def _against(sweep: Sweep, data: str, key: str, metric: str) -> Plot:
 
     fig, ax = _figure(5.4, 3.7)
     ends = []
-    for curve in curves:
+    for i, curve in enumerate(curves):
         colour, marker = palette(curve.settings.get(hue))
-        xs = [position[canonical(value)] for value, _ in curve.points]
+        # words have room beside them: a little of it keeps curves that coincide apart
+        aside = 0.0 if sweep.numeric(key) else 0.3 * (i - (len(curves) - 1) / 2) / len(curves)
+        xs = [position[canonical(value)] + aside for value, _ in curve.points]
         ys = [_mean(sweep, group, metric) for _, group in curve.points]
         every = [[sweep.value(run, metric) for run in group] for _, group in curve.points]
         if any(len(group) > 1 for group in every):
             lows, highs = [min(group) for group in every], [max(group) for group in every]
-            ax.fill_between(xs, lows, highs, color=colour, alpha=0.16, lw=0, zorder=1)
             ax.vlines(xs, lows, highs, color=colour, lw=1, alpha=0.6, zorder=2)
-        ax.plot(xs, ys, color=colour, lw=1.6, ls="-" if sweep.numeric(key) else ":", zorder=3)
+            if sweep.numeric(key):
+                ax.fill_between(xs, lows, highs, color=colour, alpha=0.16, lw=0, zorder=1)
+        ax.plot(xs, ys, color=colour, lw=1.6 if sweep.numeric(key) else 0.8, alpha=1 if sweep.numeric(key) else 0.5)
         for x, y, (_, group) in zip(xs, ys, curve.points, strict=True):
             _dot(ax, sweep, x, y, group, colour, marker)
         ends.append((xs[-1], ys[-1], _curve_name(sweep, curve), colour))
@@ -259,15 +262,15 @@ def _iso_elbo(ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
-    for level in MaxNLocator(nbins=14, steps=[1, 2, 2.5, 5, 10]).tick_values(x0 + y0, x1 + y1):
+    for level in MaxNLocator(nbins=14, steps=[1, 2, 5, 10]).tick_values(x0 + y0, x1 + y1):
         if not x0 + y0 < level < x1 + y1:
             continue
         ax.plot([x0, x1], [level - x0, level - x1], color=GRID, lw=1, zorder=0, scalex=False, scaley=False)
         top, right = level - y1, level - x1
         text, style = nats(-level, 0 if level == round(level) else 1), {"fontsize": 8, "color": MUTED}
-        if x0 <= top <= x1:
+        if x0 <= top <= x1 - 0.06 * (x1 - x0):
             ax.annotate(text, (top, y1), (0, 2), textcoords="offset points", ha="center", va="bottom", **style)
-        elif y0 <= right <= y1:
+        elif y0 <= right <= y1 - 0.05 * (y1 - y0):
             ax.annotate(text, (x1, right), (3, 0), textcoords="offset points", ha="left", va="center", **style)
     ax.annotate("ELBO", (1, 1), (3, 2), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=MUTED)
     ax.set(xlim=(x0, x1), ylim=(y0, y1))
@@ -295,6 +298,13 @@ def _scale_x(ax: Axes, values: list[Any]) -> None:
     if len(values) <= 9:
         ax.set_xticks([float(value) for value in values], words)
         ax.set_xticks([], minor=True)
+    elif ax.get_xscale() == "log":
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        decades = math.log10(max(values) / low)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1, 3) if decades < 3 else (1,)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _all_active(ax: Axes, sizes: list[Any]) -> None:
@@ -320,7 +330,7 @@ def _legend(ax: Axes, sweep: Sweep, palette: Palette) -> None:
         for colour, marker in [palette(value)]
     ]
     ax.legend(
-        handles=handles, title=_short(sweep.label(palette.key), 20), loc="upper left", bbox_to_anchor=(1.03, 1),
+        handles=handles, title=_short(sweep.label(palette.key), 20), loc="upper left", bbox_to_anchor=(1.07, 1),
         frameon=False, fontsize=8.5, title_fontsize=8.5, handletextpad=0.1,
     )  # fmt: skip
 
@@ -348,7 +358,7 @@ def _label_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 def _place(ax: Axes, labels: list[tuple], points: list[tuple], lines: list[list[tuple]]) -> None:
     """Put each (x, y, text, colour, size, must) beside its point where it covers least; drop what would cover a label."""
-    ax.figure.canvas.draw()  # fixes the layout, and with it the transform
+    _settle(ax.figure)
     pixels = ax.transData.transform
     inside = ax.get_window_extent()
     dots = [tuple(pixels(point)) for point in points]
@@ -356,7 +366,7 @@ def _place(ax: Axes, labels: list[tuple], points: list[tuple], lines: list[list[
     for line in lines:
         corners = [pixels(point) for point in line]
         for a, b in itertools.pairwise(corners):
-            steps = max(2, int(math.dist(a, b) // 5))
+            steps = max(2, int(math.dist(a, b) // 8))
             thread += [tuple(a + (b - a) * i / steps) for i in range(steps + 1)]
     placed: list[tuple[float, float, float, float]] = []
     directions = [(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (0, 1), (0, -1), (-1, 0)]
@@ -373,7 +383,7 @@ def _place(ax: Axes, labels: list[tuple], points: list[tuple], lines: list[list[
             cost = (
                 100 * covered
                 + 12 * sum(_contains(box, dot, 4) for dot in dots)
-                + sum(_contains(box, t, 1) for t in thread)
+                + 2 * sum(_contains(box, t, 2) for t in thread)
             )
             cost += 60 * (left < inside.x0 or left + w > inside.x1 + 30 or low < inside.y0 or low + h > inside.y1)
             choices.append((cost + 0.4 * order, covered, box))
@@ -396,18 +406,33 @@ def _contains(box: tuple, point: tuple, margin: float) -> bool:
 # ---- a figure -> SVG and PNG ----
 
 
+def _settle(fig: Figure) -> None:
+    """Lay out once: positions in points are valid from here on, and neither file repeats the work."""
+    if not getattr(fig, "settled", False):
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")
+        fig.settled = True
+
+
 def _suffix(sweep: Sweep, data: str) -> str:
     return f"_{data}" if len(sweep.data_sets) > 1 else ""
 
 
 def _plot(fig: Figure, sweep: Sweep, name: str, title: str) -> Plot:
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     name = re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("._")[:100]
+    _settle(fig)
     png, svg = io.BytesIO(), io.StringIO()
-    fig.savefig(png, format="png", dpi=170)
-    with matplotlib.rc_context({"svg.hashsalt": name, "figure.facecolor": "none"}):
-        fig.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    # the canvases directly: savefig would draw each file twice more to measure it
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        fig.patch.set_visible(False)
+        FigureCanvasSVG(fig).print_svg(svg, metadata={"Date": None})
+    fig.patch.set_visible(True)
+    fig.set_dpi(170)
+    FigureCanvasAgg(fig).print_png(png)
     return Plot(name, title, _for_page(svg.getvalue(), sweep, title), png.getvalue())
 
 
@@ -426,4 +451,4 @@ def _for_page(svg: str, sweep: Sweep, title: str) -> str:
         numbers = [f"{m.replace('_', ' ')} {nats(sweep.value(run, m))}" for m in ("elbo", "rate", "distortion")]
         return f'<a href="#run-{match[1]}"><title>{escape(sweep.describe(run))}\n{", ".join(numbers)}</title>'
 
-    return re.sub(r'<a xlink:href="#run-(\d+)">', linked, svg)
+    return re.sub(r'<a xlink:href="#run-(\d+)"[^>]*>', linked, svg)

@@ -36,7 +36,6 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
     epochs: int | None = None
-    started: str | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, Path] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +96,6 @@ def read_run(folder: Path, name: str) -> Run:
         metrics=metrics or {},
         seconds=_number(status.get("seconds")),
         epochs=_number(status.get("epochs")),
-        started=status.get("started"),
         environment=environment,
         pictures={
             path.stem: path

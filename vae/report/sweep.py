@@ -37,10 +37,11 @@ _LATENT_SIZES = {"latent_dim", "latent_size", "num_latents", "z_dim"}
 class Sweep:
     """The runs of one folder, in order of data set, settings and seed.
 
-    swept: the keys whose values differ among runs, beta and latent size first; a group choice such as `network=conv`
-    counts as one key. in_step: keys that also differ but whose value follows from one swept key's. seeds: whether
-    runs are replicated over `seed`. missing: the overrides of combinations that the sweep's command line asked for and
-    for which there is no run. split: the split whose metrics are reported, test where any run has them.
+    swept: the keys whose values differ among runs, in the order in which the runs are sorted; a group choice such as
+    `network=conv` counts as one key. in_step: keys that also differ but whose value follows from one swept key's.
+    seeds: whether runs are replicated over `seed`. missing: the overrides of combinations that the sweep's command
+    line asked for and for which there is no run. split: the split whose metrics are reported, test where any run has
+    them.
     """
 
     folder: Path
@@ -113,16 +114,17 @@ class Sweep:
 
     def label(self, key: str) -> str:
         """The shortest name that tells a swept key from the others: "beta" for "objective.beta"."""
-        parts = re.split(r"[./]", key)
-        for n in range(1, len(parts) + 1):
-            short = ".".join(parts[-n:])
-            if sum(_ends(other, parts[-n:]) for other in self.swept) <= 1:
-                break
-        return short if parts[-1] not in ("_target_", "name", "value") or len(parts) == 1 else ".".join(parts[-2:])
+        names = {
+            other: re.split(r"[./]", re.sub(r"(?<=.)\.(_target_|name)$", "", other)) for other in (*self.swept, key)
+        }
+        mine = names.pop(key)
+        lengths = (n for n in range(1, len(mine)) if all(other[-n:] != mine[-n:] for other in names.values()))
+        return ".".join(mine[-next(lengths, len(mine)) :])
 
-    def describe(self, run: Run) -> str:
-        """The run's settings in a line, e.g. "beta 4, latent_dim 10, seed 1"; its name where nothing was varied."""
-        parts = [f"{self.label(key)} {format_value(run.settings.get(key))}" for key in self.swept]
+    def describe(self, run: Run, with_data: bool = True) -> str:
+        """The run's settings in a line, e.g. "latent_dim 10, beta 4, seed 1"; its name where nothing was varied."""
+        keys = [key for key in self.swept if with_data or format_value(run.settings[key]) != run.data]
+        parts = [f"{self.label(key)} {format_value(run.settings.get(key))}" for key in keys]
         if self.seeds:
             parts.append(f"seed {format_value(run.seed)}")
         return ", ".join(parts) or run.name
@@ -226,9 +228,13 @@ def _setting(run: Run, key: str) -> Any:
 
 
 def _preference(key: str) -> tuple[Any, ...]:
-    """Sorts first the keys people read by: data set, latent size, beta; then names, then the shallow before the deep."""
-    order = [key == "data" or key.startswith("data.source"), leaf(key) in _LATENT_SIZES, "beta" in key.split(".")]
-    return [not first for first in order], leaf(key) not in ("_target_", "name"), key.count("."), key
+    """Data set first, then latent size; beta last, so that a table in this order reads curve by curve."""
+    late = [
+        not (key == "data" or key.startswith("data.source")),
+        leaf(key) not in _LATENT_SIZES,
+        "beta" in key.split("."),
+    ]
+    return late, leaf(key) not in ("_target_", "name"), key.count("."), key
 
 
 def _is_seed(key: str) -> bool:
@@ -244,10 +250,6 @@ def _is_operational(key: str, runs: list[Run]) -> bool:
 
 def leaf(key: str) -> str:
     return key.rsplit(".", 1)[-1]
-
-
-def _ends(key: str, parts: list[str]) -> bool:
-    return re.split(r"[./]", key)[-len(parts) :] == parts
 
 
 # ---- which runs compare ----

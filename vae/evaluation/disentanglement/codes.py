@@ -77,7 +77,7 @@ class Codes:
         """Whether the points are all combinations of the factors' values, each exactly once."""
         if len(self.codes) != np.prod([float(size) for size in self.factor_sizes]):
             return False
-        return len(np.unique(np.ravel_multi_index(self.factors.T, self.factor_sizes))) == len(self.codes)
+        return int(np.bincount(np.ravel_multi_index(self.factors.T, self.factor_sizes)).max()) == 1
 
     def draw(self, num_points: int, rng: np.random.Generator) -> np.ndarray:
         """Indices (num_points,) of random points: with replacement from a complete grid, else without."""

@@ -1,0 +1,151 @@
+import math
+
+import pytest
+import torch
+from test_priors import plane, randomised
+
+from vae.errors import VAEError
+from vae.evaluation.likelihood import log_likelihood
+from vae.flows import MADE, AffineCoupling, IAFStep, InverseAutoregressiveFlow, PlanarFlow, PlanarStep
+from vae.gaussian import DiagonalGaussian
+from vae.run import build
+from vae.seeding import generator
+
+
+def normal(*shape, name="normal"):
+    return torch.randn(shape, generator=generator(name, *shape), dtype=torch.float64)
+
+
+def planar_step(d, batch=(), scale=2.0):
+    return PlanarStep(scale * normal(*batch, d, name="w"), scale * normal(*batch, d, name="u"), normal(*batch, name="b"))
+
+
+def iaf_step(d, flipped=True):
+    net = randomised(MADE(d, (9, 7), outputs=2, context=4), scale=0.7)
+    return IAFStep(net, normal(4, name="context"), flipped)
+
+
+STEPS = {
+    "planar": planar_step,
+    "iaf": iaf_step,
+    "coupling": lambda d: randomised(AffineCoupling(d, (8,), odd=True)),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_log_determinant_is_that_of_the_jacobian(step, d):
+    step = step(d)
+    for z in normal(4, d, name="z"):
+        jacobian = torch.autograd.functional.jacobian(lambda z: step(z)[0], z)
+        torch.testing.assert_close(step(z)[1], jacobian.det().abs().log(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_inverse_undoes_the_step_with_the_same_log_determinant(step):
+    step, z = step(5), normal(3, 4, 5, name="z")
+    new, log_det = step(z)
+    back, same = step.inverse(new)
+    torch.testing.assert_close(back, z, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(same, log_det, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_the_inverse_is_differentiated_as_well(step):
+    step = step(3)
+    for z in normal(3, 3, name="z"):
+        new = step(z)[0]
+        there = torch.autograd.functional.jacobian(lambda z: step(z)[0], z)
+        back = torch.autograd.functional.jacobian(lambda z: step.inverse(z)[0], new)
+        torch.testing.assert_close(back @ there, torch.eye(3, dtype=z.dtype), rtol=0, atol=1e-8)
+
+
+def test_a_planar_step_is_invertible_however_strong_and_the_identity_at_zero():
+    w, u = torch.tensor([3.0, 0.0]).double(), torch.tensor([-50.0, 1.0]).double()
+    step = PlanarStep(w, u, torch.zeros(()).double())
+    assert step.slope > -1
+    torch.testing.assert_close((w * step.u).sum(), step.slope)
+    z = normal(6, 2, name="z")
+    for nothing in (PlanarStep(w, 0 * u, step.b), PlanarStep(0 * w, 0 * u, step.b)):
+        torch.testing.assert_close(nothing(z)[0], z)
+        assert nothing(z)[1].abs().max() < 1e-15
+
+
+def test_made_outputs_depend_on_earlier_latents_and_on_the_context_alone():
+    d = 6
+    net = randomised(MADE(d, (11, 13), outputs=2, context=3))
+    z, context = normal(d, name="z"), normal(3, name="context")
+    jacobian = torch.autograd.functional.jacobian(lambda z: net(z, context), z)  # (outputs, D, D)
+    assert (jacobian.triu() == 0).all()
+    rows, columns = torch.tril_indices(d, d, offset=-1)
+    assert (jacobian[:, rows, columns] != 0).all()
+    to_context = torch.autograd.functional.jacobian(lambda c: net(z, c), context)
+    assert (to_context != 0).all()
+
+
+def family(name, d=2):
+    if name == "planar":
+        return PlanarFlow(d, steps=3)
+    return randomised(InverseAutoregressiveFlow(d, steps=2, hidden=(7,), context=4), scale=0.7)
+
+
+@pytest.mark.parametrize("name", ["planar", "iaf"])
+def test_a_flow_posterior_integrates_to_one_and_is_what_its_draws_follow(name):
+    flow = family(name)
+    posterior = flow(0.7 * normal(flow.encoder_outputs, name="parameters"))
+    z, area = plane(reach=10, points=401)
+    density = posterior.log_prob(z).exp()
+    assert math.isclose(density.sum().item() * area, 1, abs_tol=1e-3)
+    draws = posterior.rsample(generator("draws"), (100_000,))
+    mean = (density @ z) * area
+    torch.testing.assert_close(draws.mean(0), mean, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["planar", "iaf"])
+def test_density_of_the_last_draw_is_that_found_by_inverting(name):
+    flow = family(name, d=4)
+    posterior = flow(normal(3, flow.encoder_outputs, name="parameters"))
+    z = posterior.rsample(generator("draws"), (5,))
+    torch.testing.assert_close(posterior.log_prob(z), posterior.log_prob(z.clone()), rtol=1e-8, atol=1e-8)
+
+
+def test_a_planar_flow_without_a_push_is_its_base():
+    flow = PlanarFlow(3, steps=2)
+    parameters = normal(5, flow.encoder_outputs, name="parameters")
+    extra = parameters[:, 6:].unflatten(1, (2, 7))
+    extra[..., 3:6] = 0  # u of each step
+    base = DiagonalGaussian.from_parameters(parameters[:, :6])
+    z = normal(5, 3, name="z")
+    torch.testing.assert_close(flow(parameters).log_prob(z), base.log_prob(z))
+    torch.testing.assert_close(flow(parameters).mean, base.mean)
+
+
+@pytest.mark.parametrize("posterior", ["planar", "iaf"])
+def test_flows_train_from_their_config_with_the_rate_estimated(tiny, posterior):
+    data, module = build(tiny(f"posterior={posterior}"))
+    vae, batch = module.vae, data.examples("train", 64)
+    out = vae(batch.x, generator("z"))
+    torch.testing.assert_close(out.rate, out.posterior.log_prob(out.z) - vae.prior.log_prob(out.z))
+    elbos = []
+    optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
+    for step in range(60):
+        out = vae(batch.x, generator("step", step))
+        loss = (out.distortion + out.rate).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        elbos.append(-loss.item())
+    assert sum(elbos[-10:]) / 10 > sum(elbos[:10]) / 10 + 0.2
+    bounds = [log_likelihood(vae, batch, k).mean().item() for k in (1, 50)]
+    assert bounds[0] < bounds[1]
+
+
+def test_flows_that_make_no_sense_are_refused():
+    with pytest.raises(VAEError, match="at least one step"):
+        PlanarFlow(3, steps=0)
+    with pytest.raises(VAEError, match="at least one step"):
+        InverseAutoregressiveFlow(3, steps=0)
+    with pytest.raises(VAEError, match="hidden layer"):
+        InverseAutoregressiveFlow(3, hidden=())
+    with pytest.raises(VAEError, match="context"):
+        InverseAutoregressiveFlow(3, context=0)

@@ -1,0 +1,287 @@
+"""Normalizing flows: invertible maps with a known log-determinant, as posteriors q(z|x) and inside a prior.
+
+A step maps `step(z) -> (z', log_det)` with log_det = log|det dz'/dz|, and `step.inverse(z') -> (z, log_det)` undoes it
+and gives the log-determinant of the forward map at z. Shapes: z (..., D), log_det (...).
+
+A posterior family is a module that turns an encoder's output (B, encoder_outputs) into a distribution over z; the first
+2 D numbers are mean and log-variance of the diagonal Gaussian that the flow starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae.errors import VAEError
+from vae.gaussian import DiagonalGaussian
+from vae.networks.base import ACTIVATIONS, checked_widths, dense_layers, named
+
+
+class Step(Protocol):
+    """One invertible map of z, its parameters already known."""
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class FlowPosterior:
+    """q(z|x): a draw of `base` carried through `steps`, so that log q(z) = log base(z_0) - sum of log-determinants.
+
+    Rezende & Mohamed 2015, equation 13. KL(q || p) has no closed form: the model estimates it by log q - log p at z.
+    """
+
+    def __init__(self, base: DiagonalGaussian, steps: Sequence[Step]) -> None:
+        self.base, self.steps = base, steps
+        self._drawn: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        """The base's mean carried through the flow, (..., D): a centre of q(z|x), not its expectation."""
+        z = self.base.mean
+        for step in self.steps:
+            z, _ = step(z)
+        return z
+
+    def rsample(self, generator: torch.Generator, sample_shape: tuple[int, ...] = ()) -> Tensor:
+        """z (*sample_shape, ..., D), differentiable in every parameter."""
+        z = self.base.rsample(generator, sample_shape)
+        log_q = self.base.log_prob(z)
+        for step in self.steps:
+            z, log_det = step(z)
+            log_q = log_q - log_det
+        self._drawn = z, log_q
+        return z
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log q(z), (...), in nats: known for the last draw, by inverting the flow for any other z."""
+        if self._drawn is not None and self._drawn[0] is z:
+            return self._drawn[1]
+        log_dets = torch.zeros((), dtype=z.dtype, device=z.device)
+        for step in reversed(self.steps):
+            z, log_det = step.inverse(z)
+            log_dets = log_dets + log_det
+        return self.base.log_prob(z) - log_dets
+
+
+# --- planar -----------------------------------------------------------------------------------------------------------
+
+
+class PlanarStep:
+    """z' = z + u^ tanh(w.z + b), log|det| = log(1 + (w.u^) tanh'(w.z + b)); w, u (..., D), b (...).
+
+    Rezende & Mohamed 2015, equations 10 to 12. Invertible since w.u^ > -1 by u^ = u + (m(w.u) - w.u) w / |w|^2 (their
+    appendix A.1), here with m(a) = softplus(a + log(e - 1)) - 1 in place of softplus(a) - 1: then m(0) = 0, the step is
+    the identity at u = 0, and nothing blows up as w goes to 0.
+    """
+
+    def __init__(self, w: Tensor, u: Tensor, b: Tensor) -> None:
+        dot = (w * u).sum(-1)
+        self.w, self.b = w, b
+        self.slope = F.softplus(dot + _LOG_E_MINUS_1) - 1  # w.u^
+        square = w.square().sum(-1)
+        correction = (self.slope - dot) / torch.where(square == 0, 1.0, square)
+        self.u = u + correction.unsqueeze(-1) * w
+
+    def _at(self, projection: Tensor) -> tuple[Tensor, Tensor]:
+        """tanh(w.z + b) and the log-determinant, given w.z."""
+        h = torch.tanh(projection + self.b)
+        return h, torch.log1p(self.slope * (1 - h.square()))
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        h, log_det = self._at((self.w * z).sum(-1))
+        return z + self.u * h.unsqueeze(-1), log_det
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """w.z solves a + (w.u^) tanh(a + b) = w.z', which grows with a: bisection, to the last bit."""
+        target = (self.w * z).sum(-1)
+        with torch.no_grad():
+            reach = self.slope.abs()
+            low, high = target - reach, target + reach
+            for _ in range(80):
+                middle = (low + high) / 2
+                above = middle + self.slope * torch.tanh(middle + self.b) > target
+                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+            root = (low + high) / 2
+            h = torch.tanh(root + self.b)
+            derivative = 1 + self.slope * (1 - h.square())
+        # One Newton step from the root: it leaves the value and brings the implicit function's gradient.
+        root = root - (root + self.slope * torch.tanh(root + self.b) - target) / derivative
+        h, log_det = self._at(root)
+        return z - self.u * h.unsqueeze(-1), log_det
+
+
+_LOG_E_MINUS_1 = 0.5413248546129181
+
+
+class PlanarFlow(nn.Module):
+    """Planar flows on a diagonal Gaussian, every parameter amortised: the encoder gives w, u, b of each step.
+
+    Rezende & Mohamed 2015, section 4.1. (B, encoder_outputs) -> FlowPosterior. Raises VAEError for no step.
+    """
+
+    def __init__(self, latent_dim: int, steps: int = 10) -> None:
+        super().__init__()
+        if steps < 1:
+            raise VAEError(f"A planar flow needs at least one step, not {steps}: posterior=diagonal has none.")
+        self.latent_dim, self.steps = latent_dim, steps
+        self.encoder_outputs = 2 * latent_dim + steps * (2 * latent_dim + 1)
+
+    def forward(self, parameters: Tensor) -> FlowPosterior:
+        d = self.latent_dim
+        flow = parameters[..., 2 * d : self.encoder_outputs].unflatten(-1, (self.steps, 2 * d + 1))
+        steps = [PlanarStep(p[..., :d], p[..., d : 2 * d], p[..., 2 * d]) for p in flow.unbind(-2)]
+        return FlowPosterior(DiagonalGaussian.from_parameters(parameters[..., : 2 * d]), steps)
+
+
+# --- inverse autoregressive -------------------------------------------------------------------------------------------
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer with some weights held at zero; mask (out, in) of 0 and 1."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask.shape[1], mask.shape[0])
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class MADE(nn.Module):
+    """An autoregressive network (Germain et al. 2015): `outputs` numbers for each z_i that depend on z_1 .. z_(i-1) and
+    on a context alone. z (..., D), context (..., C) or None, broadcast -> (..., outputs, D).
+
+    Every hidden unit has a degree m in 0 .. D - 1: it sees z_1 .. z_m and is seen by the outputs of z_(m+1) onwards;
+    units of degree 0 see the context alone. The last layer starts at zero, so that all outputs do.
+    """
+
+    def __init__(
+        self, latent_dim: int, hidden: Sequence[int], outputs: int, context: int = 0, activation: str = "elu"
+    ) -> None:
+        super().__init__()
+        widths = checked_widths(hidden)
+        if not widths:
+            raise VAEError("An autoregressive network needs a hidden layer.")
+        degrees = [torch.arange(1, latent_dim + 1), *(torch.arange(width) % latent_dim for width in widths)]
+        masks = [(b[:, None] >= a).float() for a, b in pairwise(degrees)]
+        last = (degrees[0][:, None] > degrees[-1]).float().repeat(outputs, 1)
+        self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks)
+        self.last = MaskedLinear(last)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self.context = nn.Linear(context, widths[0], bias=False) if context else None
+        self.activation = named("activation", activation, ACTIVATIONS)()
+        self.outputs = outputs
+
+    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.layers[0](z)
+        if self.context is not None:
+            h = h + self.context(context)
+        for layer in self.layers[1:]:
+            h = layer(self.activation(h))
+        return self.last(self.activation(h)).unflatten(-1, (self.outputs, -1))
+
+
+class IAFStep:
+    """z'_i = s_i z_i + (1 - s_i) m_i with s = sigmoid(net + 2), m = net, both of z_1 .. z_(i-1) and the context; the
+    log-determinant is sum log s. With `flipped`, z_D comes first. Kingma et al. 2016, equations 13 and 14 and Algorithm 1.
+    """
+
+    def __init__(self, net: MADE, context: Tensor | None, flipped: bool) -> None:
+        self.net, self.context, self.flipped = net, context, flipped
+
+    def _order(self, z: Tensor) -> Tensor:
+        return z.flip(-1) if self.flipped else z
+
+    def _parameters(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        m, gate = self.net(z, self.context).unbind(-2)
+        return m, gate + 2  # gates start open, as the paper advises
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        z = self._order(z)
+        m, gate = self._parameters(z)
+        new = torch.sigmoid(gate) * z + torch.sigmoid(-gate) * m
+        return self._order(new), F.logsigmoid(gate).sum(-1)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """One latent after the other, D passes of the network."""
+        target = self._order(z)
+        z = torch.zeros_like(target)
+        for i in range(target.shape[-1]):
+            m, gate = self._parameters(z)
+            # z_i = z'_i / s_i - (1 / s_i - 1) m_i, and 1 / s - 1 = exp(-gate)
+            z_i = target + torch.exp(-gate) * (target - m)
+            z = torch.cat([z[..., :i], z_i[..., i : i + 1], z[..., i + 1 :]], -1)
+        _, gate = self._parameters(z)
+        return self._order(z), F.logsigmoid(gate).sum(-1)
+
+
+class InverseAutoregressiveFlow(nn.Module):
+    """IAF on a diagonal Gaussian: `steps` autoregressive networks of their own weights, amortised through a context that
+    the encoder gives beside mean and log-variance; the order of the latents is reversed between steps.
+
+    Kingma et al. 2016. (B, encoder_outputs) -> FlowPosterior. Raises VAEError for no step or no hidden layer.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        steps: int = 2,
+        hidden: Sequence[int] = (320,),
+        context: int = 64,
+        activation: str = "elu",
+    ) -> None:
+        super().__init__()
+        if steps < 1:
+            raise VAEError(f"An inverse autoregressive flow needs at least one step, not {steps}.")
+        if context < 1:
+            raise VAEError(f"The context of an inverse autoregressive flow has at least one number, not {context}.")
+        self.latent_dim = latent_dim
+        self.encoder_outputs = 2 * latent_dim + context
+        self.nets = nn.ModuleList(MADE(latent_dim, hidden, 2, context, activation) for _ in range(steps))
+
+    def forward(self, parameters: Tensor) -> FlowPosterior:
+        gaussian, context = parameters[..., : self.encoder_outputs].tensor_split([2 * self.latent_dim], -1)
+        steps = [IAFStep(net, context, flipped=i % 2 == 1) for i, net in enumerate(self.nets)]
+        return FlowPosterior(DiagonalGaussian.from_parameters(gaussian), steps)
+
+
+# --- coupling ---------------------------------------------------------------------------------------------------------
+
+
+class AffineCoupling(nn.Module):
+    """z'_i = z_i exp(s_i) + t_i for one half of the dimensions, s and t functions of the other half, which is kept.
+
+    Dinh et al. 2017 (RealNVP), equations 4 to 8: s = scale * tanh(net), with a learned scale a dimension. The last
+    layer starts at zero, so that the step starts as the identity. Every second dimension is kept, the even ones or,
+    with `odd`, the others.
+    """
+
+    def __init__(self, dim: int, hidden: Sequence[int], odd: bool, activation: str = "relu") -> None:
+        super().__init__()
+        self.register_buffer("kept", (torch.arange(dim) % 2 == int(odd)).float(), persistent=False)
+        sizes = (dim, *checked_widths(hidden))
+        last = nn.Linear(sizes[-1], 2 * dim)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.net = nn.Sequential(*dense_layers(sizes, activation), last)
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def _scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        raw, shift = self.net(kept).chunk(2, -1)
+        moved = 1 - self.kept
+        return moved * self.scale * torch.tanh(raw), moved * shift
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._scale_and_shift(z * self.kept)
+        return z * torch.exp(log_scale) + shift, log_scale.sum(-1)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        log_scale, shift = self._scale_and_shift(z * self.kept)
+        return (z - shift) * torch.exp(-log_scale), log_scale.sum(-1)
