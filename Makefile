@@ -3,12 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 RUN ?= runs
+EXPERIMENT ?=
+QUICK ?=
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep train evaluate report tensorboard test test-all lint clean
+.PHONY: help setup sweep train evaluate report reproduce reproduce-list tensorboard test test-all lint clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 setup: .venv/.installed  ## create .venv and install the package in it
 
@@ -28,6 +31,12 @@ evaluate: setup  ## measure a finished run again; RUN=folder
 
 report: setup  ## write a sweep's report; RUN=folder
 	$(BIN)/python -m vae.report '$(RUN)'
+
+reproduce: setup  ## rerun a paper's experiment, with a verdict a claim; EXPERIMENT=name [QUICK=1] [JOBS=2]
+	$(BIN)/python -m vae.reproduce '$(EXPERIMENT)' $(if $(QUICK),--quick) --jobs $(JOBS) $(ARGS)
+
+reproduce-list: setup  ## all experiments, with their last verdicts and cost
+	$(BIN)/python -m vae.reproduce --list
 
 tensorboard: setup  ## open what was logged, on localhost; RUN=folder (default: all)
 	$(BIN)/tensorboard --logdir '$(RUN)' --host 127.0.0.1

@@ -83,7 +83,8 @@ class PlanarStep:
     def __init__(self, w: Tensor, u: Tensor, b: Tensor) -> None:
         dot = (w * u).sum(-1)
         self.w, self.b = w, b
-        self.slope = F.softplus(dot + _LOG_E_MINUS_1) - 1  # w.u^
+        self.extreme = F.softplus(dot + _LOG_E_MINUS_1)  # 1 + w.u^, the determinant at w.z + b = 0: above 0
+        self.slope = self.extreme - 1
         square = w.square().sum(-1)
         correction = (self.slope - dot) / torch.where(square == 0, 1.0, square)
         self.u = u + correction.unsqueeze(-1) * w
@@ -91,7 +92,7 @@ class PlanarStep:
     def _at(self, projection: Tensor) -> tuple[Tensor, Tensor]:
         """tanh(w.z + b) and the log-determinant, given w.z."""
         h = torch.tanh(projection + self.b)
-        return h, torch.log1p(self.slope * (1 - h.square()))
+        return h, torch.log(h.square() + self.extreme * (1 - h.square()))  # 1 + (w.u^) tanh', and nothing cancels
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         h, log_det = self._at((self.w * z).sum(-1))
@@ -109,7 +110,7 @@ class PlanarStep:
                 low, high = torch.where(above, low, middle), torch.where(above, middle, high)
             root = (low + high) / 2
             h = torch.tanh(root + self.b)
-            derivative = 1 + self.slope * (1 - h.square())
+            derivative = h.square() + self.extreme * (1 - h.square())
         # One Newton step from the root: it leaves the value and brings the implicit function's gradient.
         root = root - (root + self.slope * torch.tanh(root + self.b) - target) / derivative
         h, log_det = self._at(root)

@@ -140,14 +140,16 @@ class VAEModule(pl.LightningModule):
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
+    def _running_means(self) -> list[Means]:
+        return [self.epoch_means, self._since_log, self._open]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._end_part()
         checkpoint["steps"] = self.steps
-        checkpoint["means"] = [self.epoch_means.state_dict(), self._since_log.state_dict()]
+        checkpoint["means"] = [means.state_dict() for means in self._running_means()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.steps = checkpoint["steps"]
-        for means, state in zip((self.epoch_means, self._since_log), checkpoint["means"], strict=True):
+        for means, state in zip(self._running_means(), checkpoint["means"], strict=True):
             means.load_state_dict(state)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import inspect
@@ -10,22 +11,27 @@ import logging
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
+import yaml
+from filelock import FileLock, Timeout
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from vae.callbacks.progress import Progress
 from vae.callbacks.records import HyperParameters
+from vae.checkpoints import CheckpointIO, load_weights
 from vae.data.module import ImageDataModule
 from vae.errors import VAEError
 from vae.files import write_json, write_text
@@ -45,11 +51,24 @@ for _noise in (
     ".*does not have many workers.*",
     ".*`isinstance.treespec, LeafSpec.`.*",
     ".*Checkpoint directory.*exists.*",
+    ".*logs directory.*exists and is not empty.*",
 ):
     warnings.filterwarnings("ignore", _noise)
 
 
 # --- building -------------------------------------------------------------------------------------------------------
+
+
+def instantiate(config: Any, **options: Any) -> Any:
+    """Hydra's instantiate; what the object's own constructor says against its options is raised as VAEError."""
+    try:
+        return hydra.utils.instantiate(config, **options)
+    except InstantiationException as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        sentence = str(cause) if isinstance(cause, VAEError) else f"{config.get('_target_')} cannot be made: {cause}"
+        raise VAEError(sentence) from error
 
 
 def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
@@ -122,7 +141,9 @@ def build_prior(
     make = instantiate(config.prior)
     if getattr(make.func, "needs_encoder", False):
         if posterior is not None or encoder.num_classes:
-            raise VAEError("prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels.")
+            raise VAEError(
+                "prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels."
+            )
 
         def images(n: int) -> Tensor:
             train = data.splits_ready().train
@@ -146,15 +167,17 @@ def build_trainer(config: DictConfig, folder: Path | None, progress_bar: bool) -
             "callbacks": [
                 *([Progress()] if progress_bar and config.progress_bar else []),
                 *(instantiate(callback) for callback in config.callbacks.values() if callback is not None),
-                HyperParameters(settings(config)),
+                HyperParameters(settings(config, COMPARED)),
             ],
             "logger": instantiate(config.logger)(save_dir=folder) if config.logger else False,
         }
-    return pl.Trainer(**options, **outputs, default_root_dir=folder, enable_progress_bar=False)
+    return pl.Trainer(
+        **options, **outputs, default_root_dir=folder, plugins=[CheckpointIO()], enable_progress_bar=False
+    )
 
 
-def settings(config: DictConfig) -> dict[str, Any]:
-    """The config as flat dotted keys: what a sweep may vary."""
+def settings(config: DictConfig, groups: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """The config as flat dotted keys, of the named groups only or of all."""
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -164,49 +187,115 @@ def settings(config: DictConfig) -> dict[str, Any]:
         else:
             flat[prefix] = node
 
-    walk({k: v for k, v in OmegaConf.to_container(config).items() if k in SETTINGS}, "")
+    walk({k: v for k, v in OmegaConf.to_container(config).items() if groups is None or k in groups}, "")
     return flat
 
 
-SETTINGS = ("data", "network", "likelihood", "prior", "posterior", "objective", "optimizer", "lr_schedule", "model", "seed")
+COMPARED = (
+    "data",
+    "network",
+    "likelihood",
+    "prior",
+    "posterior",
+    "objective",
+    "optimizer",
+    "lr_schedule",
+    "model",
+    "seed",
+)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def train(config: DictConfig, folder: Path, overrides: list[str], progress_bar: bool = True, jobs: int = 1) -> float:
-    """Train, test and record a run in `folder`; returns the best validation loss.
+def train(
+    config: DictConfig,
+    folder: Path,
+    overrides: list[str],
+    resume: bool = False,
+    progress_bar: bool = True,
+    jobs: int = 1,
+) -> float:
+    """Train, test and record a run in `folder`; returns the best validation loss in nats.
 
     Writes config.yaml, environment.json, status.json, checkpoints, pictures and, last, metrics.json. Whatever ends the
-    run early is written to status.json before it is raised again.
+    run early is written to status.json before it is raised again. With `resume`, a run of the same config that finished is
+    left as it is, and one that was cut off continues from its last checkpoint; a run of another config is done anew.
+    `jobs` is the number of runs that share the machine. Raises VAEError if another process is training this run.
     """
-    status = {"state": "running", "reason": None, "started": _now(), "seconds": 0.0, "epochs": 0}
-    started = time.monotonic()
+    settled = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in TRANSIENT}
+    config = OmegaConf.create(settled)
     set_threads(config.threads, jobs)
+    with only_process(folder):
+        stored = OmegaConf.to_container(read_config(folder)) if resume and (folder / "config.yaml").is_file() else None
+        if stored == settled and read_status(folder).get("state") == "finished":
+            return best_loss(read_metrics(folder))
+        last = folder / "checkpoints" / "last.ckpt"
+        checkpoint = last if last.is_file() and continues(stored, settled) else None
+        if checkpoint is None:
+            discard(folder)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
+        write_text(folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+        write_json(folder / "environment.json", environment())
+        status = {"state": "running", "reason": None, "started": _now(), "seconds": 0.0, "epochs": 0}
+        write_json(folder / "status.json", status)
+        started = time.monotonic()
+        try:
+            metrics, status["epochs"] = _fit_and_test(config, folder, checkpoint, progress_bar)
+            status["state"] = "finished"
+        except BaseException as error:
+            status["state"] = "failed"
+            status["reason"] = str(error) if isinstance(error, VAEError) else f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            status["seconds"] = time.monotonic() - started
+            write_json(folder / "status.json", status)
+    return best_loss(metrics)
+
+
+TRANSIENT = ("run", "resume", "progress_bar")  # of a command, not of the run that it makes
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it however the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
-    write_text(folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
-    write_json(folder / "environment.json", environment())
-    write_json(folder / "status.json", status)
+    lock = FileLock(folder / ".lock")
     try:
-        best_loss, epochs = _fit_and_test(config, folder, progress_bar)
-    except BaseException as error:
-        reason = str(error) if isinstance(error, VAEError) else f"{type(error).__name__}: {error}"
-        elapsed = time.monotonic() - started
-        write_json(folder / "status.json", {**status, "state": "failed", "reason": reason, "seconds": elapsed})
-        raise
-    status.update(state="finished", seconds=time.monotonic() - started, epochs=epochs)
-    write_json(folder / "status.json", status)
-    return best_loss
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise VAEError(f"Another process is training the run in {folder}.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _fit_and_test(config: DictConfig, folder: Path, progress_bar: bool) -> tuple[float, int]:
+def continues(stored: dict[str, Any] | None, settled: dict[str, Any]) -> bool:
+    """Whether training under `settled` goes on from where a run of the `stored` config was: it is the same, or longer."""
+    if stored is None or settled["trainer"]["max_epochs"] < stored["trainer"]["max_epochs"]:
+        return False
+    longer = {**stored, "trainer": {**stored["trainer"], "max_epochs": settled["trainer"]["max_epochs"]}}
+    return longer == settled
+
+
+def discard(folder: Path) -> None:
+    """Remove what an earlier attempt at the run wrote."""
+    for old in ("metrics.json", "checkpoints", "pictures"):
+        path = folder / old
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
+
+
+def _fit_and_test(
+    config: DictConfig, folder: Path, checkpoint: Path | None, progress_bar: bool
+) -> tuple[dict[str, float], int]:
     data, module = build(config)
     trainer = build_trainer(config, folder, progress_bar)
     if trainer.max_epochs == 0:
         raise VAEError("trainer.max_epochs=0 leaves nothing to train: ask for at least 1.")
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=checkpoint)
     if trainer.interrupted:
         raise KeyboardInterrupt
     metrics = {f"train/{name}": float(value) for name, value in module.epoch_means.compute().items()}
@@ -214,15 +303,21 @@ def _fit_and_test(config: DictConfig, folder: Path, progress_bar: bool) -> tuple
         metrics.update(getattr(callback, "metrics", {}))
     metrics.update(_floats(trainer.callback_metrics, "val/"))
 
-    checkpoint = trainer.checkpoint_callback
-    if checkpoint is not None and checkpoint.best_model_path:
-        load_weights(module, Path(checkpoint.best_model_path))
-        metrics["val/best_loss"] = float(checkpoint.best_model_score)
-        metrics["val/best_epoch"] = float(torch.load(checkpoint.best_model_path, weights_only=True)["epoch"])
+    saved = trainer.checkpoint_callback
+    if saved is not None and saved.best_model_path:
+        best = load_weights(module, Path(saved.best_model_path))
+        metrics["val/best_loss"] = float(saved.best_model_score)
+        metrics["val/best_epoch"] = float(best["epoch"])
+    epochs = trainer.current_epoch
     trainer.test(module, data, verbose=False)
     metrics.update(_floats(trainer.callback_metrics, "test/"))
     write_json(folder / "metrics.json", metrics)
-    return metrics.get("val/best_loss", metrics["val/loss"]), trainer.current_epoch
+    return metrics, epochs
+
+
+def best_loss(metrics: dict[str, float]) -> float:
+    """The validation loss of the weights that were tested, in nats."""
+    return metrics.get("val/best_loss", metrics["val/loss"])
 
 
 def _floats(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -253,30 +348,36 @@ def read_config(folder: Path) -> DictConfig:
         raise VAEError(f"{path} is damaged and cannot be read ({type(error).__name__}).") from error
 
 
-def load_weights(module: VAEModule, checkpoint: Path) -> dict[str, Any]:
-    """Put a checkpoint's weights into `module` and return the rest of it. Never runs code from the file.
+def resumed_config(folder: Path, overrides: list[str]) -> DictConfig:
+    """The config that a run was started with, with plain `key=value` overrides of the resuming command on top.
 
-    Raises VAEError if the file is missing, damaged or of another model.
+    Raises VAEError for an override that the run's config has no place for.
     """
-    if not checkpoint.is_file():
-        raise VAEError(f"There is no checkpoint at {checkpoint}: train the run first.")
-    try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        weights = state.pop("state_dict")
-    except Exception as error:
-        raise VAEError(
-            f"The checkpoint {checkpoint} is damaged or holds more than weights: it was not loaded."
-        ) from error
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise VAEError(f"The checkpoint {checkpoint} is of another model than its config describes.") from error
-    return state
+    config = read_config(folder)
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name in TRANSIENT:
+            continue
+        if name not in settings(config):
+            raise VAEError(
+                f"{override} cannot be changed on resuming: only values that {folder}/config.yaml holds can."
+            )
+        OmegaConf.update(config, name, yaml.safe_load(value))
+    config.resume, config.progress_bar = True, True
+    return config
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
-    """What training wrote to metrics.json; empty if the run did not finish."""
-    path = folder / "metrics.json"
+    """What training wrote to metrics.json; empty if the run did not finish. Raises VAEError if it is damaged."""
+    return _read_json(folder / "metrics.json")
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What training wrote to status.json; empty if it did not begin. Raises VAEError if it is damaged."""
+    return _read_json(folder / "status.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -311,7 +412,6 @@ def evaluate(folder: Path, split: str = "test", **changes: Any) -> dict[str, flo
 
 def environment() -> dict[str, Any]:
     """What a run was made with: versions, commit, device, command line."""
-    import hydra
     import torchvision
 
     try:

@@ -17,7 +17,7 @@ from vae.cli import CONFIGS, sentences
 def main(config: DictConfig) -> float:
     """Returns the best validation loss in nats, which any Hydra sweeper can minimise; NaN for a failed run of a sweep."""
     from vae.errors import VAEError
-    from vae.run import train  # only now: importing torch takes seconds, and --help should not
+    from vae.run import resumed_config, train  # only now: importing torch takes seconds, and --help should not
 
     hydra_config = HydraConfig.get()
     log = logging.getLogger("vae.train")
@@ -25,13 +25,15 @@ def main(config: DictConfig) -> float:
     overrides = list(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.RUN:
         with sentences():
-            loss = train(config, folder, overrides)
+            if config.resume:
+                config = resumed_config(folder, overrides)
+            loss = train(config, folder, overrides, config.resume)
         log.info(f"Finished: best validation loss {loss:.4f} nats. Run folder: {folder}")
         return loss
     # One failed run must not end a sweep: it is recorded in its folder, and the report and the exit code tell.
     try:
         jobs = hydra_config.launcher.get("n_jobs", 1)  # joblib's; other launchers give each job a machine of its own
-        loss = train(config, folder, overrides, progress_bar=False, jobs=jobs)
+        loss = train(config, folder, overrides, config.resume, progress_bar=False, jobs=jobs)
         log.info(f"finished {folder.name}: best validation loss {loss:.4f} nats")
         return loss
     except VAEError as error:

@@ -23,6 +23,7 @@ from vae.report.__main__ import main
 from vae.report.pictures import galleries
 from vae.report.plots import curves_along, draw
 from vae.report.sweep import format_value
+from vae.report.tables import nats
 
 
 def config(**overrides: Any) -> dict[str, Any]:
@@ -213,9 +214,12 @@ def test_likelihoods_that_do_not_compare_get_their_own_label(tmp_path):
 
 def test_combinations_that_hydra_was_asked_for_and_have_no_run_are_missing(tmp_path):
     make_grid(tmp_path)
-    write_multirun(tmp_path, {"model.latent_dim": "2,8,32,64"}, ["objective.beta=1,4", "optimizer.lr=0.001"])
-    assert read_sweep(tmp_path).missing == ()  # not one run has optimizer.lr=0.001: another command line made them
-    write_multirun(tmp_path, {"model.latent_dim": "2,8,32,64", "objective.beta": "9"}, ["objective.beta=1,4"])
+    write_multirun(tmp_path, {"optimizer.lr": "0.1,0.2"})
+    assert read_sweep(tmp_path).missing == ()  # not one run is of this sweep: another command line made them
+    # the command line replaces the config's values, and what does not vary says nothing
+    write_multirun(
+        tmp_path, {"model.latent_dim": "2,8,32,64", "objective.beta": "9"}, ["objective.beta=1,4", "resume=true"]
+    )
     sweep = read_sweep(tmp_path)
     assert sweep.missing == (
         ("model.latent_dim=64", "objective.beta=1"),
@@ -354,6 +358,17 @@ def test_a_metric_that_is_not_finite_is_shown_and_left_out_of_plots_and_of_the_b
     assert "nan" in next(row for row in page_of(tmp_path).tables[0] if row[1] == "64")
 
 
+def test_a_run_that_left_nothing_but_its_overrides_is_cut_off_with_its_settings(tmp_path):
+    make_grid(tmp_path)
+    hydra = tmp_path / "early" / ".hydra"
+    hydra.mkdir(parents=True)
+    (hydra / "overrides.yaml").write_text("- model.latent_dim=64\n- objective.beta=4\n")
+    sweep = read_sweep(tmp_path)
+    (early,) = sweep.failed
+    assert (early.state, early.settings) == ("cut off", {"model.latent_dim": 64, "objective.beta": 4})
+    assert sweep.data_sets == ("digits",) and not sweep.data_column
+
+
 def test_a_sweep_in_which_every_run_failed_still_says_why(tmp_path):
     make_run(tmp_path / "a", state="failed", reason="Out of memory.")
     make_run(tmp_path / "b", state="failed", reason="Out of disk.")
@@ -490,10 +505,26 @@ def test_pictures_of_a_page_with_sixteen_runs_stay_within_eight_megabytes(tmp_pa
     assert len(sizes) == 48 and sum(sizes) < 6_500_000
 
 
+def test_pictures_stand_in_a_table_of_beta_across_and_the_rest_down_each_row_of_one_seed(tmp_path):
+    for beta, seed in itertools.product((1, 4), (0, 1, 2)):
+        if (beta, seed) != (1, 0):
+            make_run(tmp_path / f"{beta}-{seed}", picture=True, **{"objective.beta": beta, "seed": seed})
+    (shelf,) = galleries(read_sweep(tmp_path))[0].shelves
+    assert shelf.columns == ("beta 1", "beta 4")
+    assert [[p and p.run.name for p in row] for _, row in shelf.rows] == [[None, "4-0"], ["1-1", "4-1"], ["1-2", "4-2"]]
+
+
 def test_values_are_written_as_a_person_would():
     assert [format_value(v) for v in (1.0, 0.25, 1e-05, True, None, [400, 200], "torch.optim.Adam", "a\nb")] == [
         "1", "0.25", "1e-05", "true", "none", "[400, 200]", "Adam", "a\\nb",
     ]  # fmt: skip
+
+
+def test_numbers_have_a_true_minus_but_none_before_zero():
+    assert [nats(v) for v in (-1.234, -0.0, -0.001, 12, float("nan"), float("-inf"))] == [
+        "−1.23", "0.00", "0.00", "12.00", "nan", "−inf",
+    ]  # fmt: skip
+    assert [nats(v, 1) for v in (7.0, 7.3, -10.0)] == ["7", "7.3", "−10"]
 
 
 def test_importing_the_report_imports_neither_torch_nor_matplotlib():

@@ -122,7 +122,7 @@ class BatchLoader:
         return {"batches_done": self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._skip = state["batches_done"]
+        self._skip = state["batches_done"] % len(self)  # a finished epoch is followed by a whole one
 
 
 class _Gather(torch.utils.data.Dataset):

@@ -107,7 +107,8 @@ def optimise_locally(
 ) -> Tensor:
     """The posterior's parameters (B, ...) that maximise each image's own ELBO. Adam is elementwise, so images don't mix."""
     parameters = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([parameters], lr=learning_rate)
+    # Gradients are of the order of nats; without this eps Adam would make whole steps of rounding errors at the optimum.
+    optimizer = torch.optim.Adam([parameters], lr=learning_rate, eps=1e-4)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):
         posterior = vae.posterior(parameters)

@@ -225,10 +225,10 @@ def training_batch(data: ImageDataModule, n: int, seed: int) -> Batch:
 
 
 @torch.enable_grad()
-def trained_classifier(train: Batch, seed: int, cache: Path | None = None, epochs: int = 5) -> Classifier:
-    """A classifier of the batch's images, trained with Adam in minibatches of 128; the same from the same seed.
+def trained_classifier(train: Batch, seed: int, cache: Path | None = None, steps: int = 600) -> Classifier:
+    """A classifier of the batch's images, trained with Adam in `steps` minibatches of 128; the same from the same seed.
 
-    cache: a folder in which it is kept, under a name that is a digest of the images, labels, seed and epochs.
+    cache: a folder in which it is kept, under a name that is a digest of the images, labels, seed and steps.
     """
     x, y = train.x, _columns(train)
     classes = tuple((y.amax(0) + 1).tolist())
@@ -238,22 +238,20 @@ def trained_classifier(train: Batch, seed: int, cache: Path | None = None, epoch
     path = None
     if cache is not None:
         digest = hashlib.blake2b(digest_size=8)
-        for part in (x.cpu().numpy().tobytes(), y.cpu().numpy().tobytes(), repr((model, seed, epochs)).encode()):
+        for part in (x.cpu().numpy().tobytes(), y.cpu().numpy().tobytes(), repr((model, seed, steps)).encode()):
             digest.update(part)
         path = Path(cache) / f"classifier-{digest.hexdigest()}.pt"
         if path.is_file():
             model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             return model.requires_grad_(False).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for epoch in range(epochs):
-        order = torch.randperm(len(x), generator=generator(seed, "classifier order", epoch))
-        for index in order.split(128):
-            loss = sum(
-                F.cross_entropy(logits, target) for logits, target in zip(model(x[index]), y[index].T, strict=True)
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    noise = generator(seed, "classifier order")
+    for _ in range(steps):
+        index = torch.randint(len(x), (128,), generator=noise)
+        loss = sum(F.cross_entropy(logits, target) for logits, target in zip(model(x[index]), y[index].T, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     if path is not None:
         write_atomically(path, lambda file: torch.save(model.state_dict(), file))
     return model.requires_grad_(False).eval()

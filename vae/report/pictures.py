@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vae.report.plots import curves_along
 from vae.report.runs import Run
-from vae.report.sweep import Sweep, canonical, format_value
+from vae.report.sweep import Sweep, canonical, format_value, sort_key
 
 TOTAL_BYTES = 4_500_000  # of all pictures of a page, before base64 adds a third
 LARGEST, SMALLEST = 150_000, 12_000
@@ -65,11 +66,12 @@ def galleries(sweep: Sweep) -> list[Gallery]:
     found = []
     for kind in kinds:
         shelves = []
-        for data in sweep.data_sets:
+        for data in dict.fromkeys(run.data for run in sweep.runs):
             runs = [run for run in sweep.runs if run.data == data and kind in run.pictures]
             if runs:
                 shelves.append(_shelf(sweep, data, runs, kind, budget))
-        found.append(Gallery(kind, kind.replace("_", " ").capitalize(), _ABOUT.get(kind, ""), shelves))
+        title = re.sub(r"\bkl\b", "KL", kind.replace("_", " "))
+        found.append(Gallery(kind, title[:1].upper() + title[1:], _ABOUT.get(kind, ""), shelves))
     return found
 
 
@@ -85,20 +87,23 @@ def _shelf(sweep: Sweep, data: str, runs: list[Run], kind: str, budget: int) -> 
     if across is not None and 2 <= len(values := sweep.values(across, runs)) <= 8:
         rows: list[tuple[str, list[Picture | None]]] = []
         for curve in curves_along(sweep, runs, across)[0]:
-            by_value = {canonical(value): group for value, group in curve.points}
-            for i in range(max(len(group) for group in by_value.values())):
-                cells = [by_value.get(canonical(value), [])[i : i + 1] for value in values]
-                row = [picture(cell[0], sweep.describe(cell[0])) if cell else None for cell in cells]
-                rows.append((_row_caption(sweep, curve.settings, [p.run for p in row if p]), row))
+            cells = {}  # (seed, how many before had it) -> value -> run: one seed a row, the same seed across
+            for value, group in curve.points:
+                for i, run in enumerate(group):
+                    repeat = sum(canonical(other.seed) == canonical(run.seed) for other in group[:i])
+                    cells.setdefault((sort_key(run.seed), repeat), {})[canonical(value)] = run
+            for _, found in sorted(cells.items(), key=lambda item: item[0]):
+                row = [found.get(canonical(value)) for value in values]
+                pictures = [picture(run, sweep.describe(run)) if run else None for run in row]
+                rows.append((_row_caption(sweep, curve.settings, next(iter(found.values()))), pictures))
         if len(rows) > 1 and sum(cell is not None for _, row in rows for cell in row) >= 0.6 * len(rows) * len(values):
             return Shelf(data, tuple(f"{sweep.label(across)} {format_value(value)}" for value in values), rows)
     return Shelf(data, (), [("", [picture(run, sweep.describe(run)) for run in runs])])
 
 
-def _row_caption(sweep: Sweep, settings: dict[str, Any], runs: list[Run]) -> str:
+def _row_caption(sweep: Sweep, settings: dict[str, Any], run: Run) -> str:
     parts = [f"{sweep.label(key)} {format_value(value)}" for key, value in settings.items()]
-    seeds = {format_value(run.seed) for run in runs}
-    return ", ".join(parts + ([f"seed {'/'.join(sorted(seeds))}"] if sweep.seeds else []))
+    return ", ".join(parts + ([f"seed\u00a0{format_value(run.seed)}"] if sweep.seeds else []))
 
 
 def _inline(path: Path, budget: int) -> tuple[str | None, bool]:

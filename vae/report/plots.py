@@ -222,7 +222,7 @@ class Palette:
 
 def _scored(sweep: Sweep, data: str, *metrics: str) -> list[Run]:
     """The finished runs of a data set whose metrics are all finite."""
-    runs = [run for run in sweep.finished if run.data == data and run.config]
+    runs = [run for run in sweep.finished if run.data == data and (run.config or not sweep.swept)]
     return [run for run in runs if all(math.isfinite(sweep.value(run, metric)) for metric in metrics)]
 
 
@@ -313,9 +313,9 @@ def _all_active(ax: Axes, sizes: list[Any]) -> None:
     last = min(float(sizes[-1]), top)
     line = [first + (last - first) * i / 100 for i in range(101)]
     ax.plot(line, line, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=0, scalex=False, scaley=False)
-    ax.annotate(
-        "all active", (last, last), (-5, -1), textcoords="offset points", color=MUTED, fontsize=8, ha="right", va="top"
-    )
+    # above the line there is never a point
+    aside = {"xytext": (-5, -1), "va": "top"} if last == top else {"xytext": (-8, 0), "va": "center"}
+    ax.annotate("all active", (last, last), textcoords="offset points", color=MUTED, fontsize=8, ha="right", **aside)
 
 
 def _legend(ax: Axes, sweep: Sweep, palette: Palette) -> None:

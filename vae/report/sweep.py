@@ -15,18 +15,7 @@ from vae.errors import VAEError
 from vae.report.runs import DAMAGED, FINISHED, Run, find_run_folders, parse_scalar, read_run, read_yaml
 
 # Where and how a run was made, not what it is.
-_OPERATIONAL_ROOTS = {
-    "hydra",
-    "paths",
-    "logger",
-    "launcher",
-    "run",
-    "resume",
-    "name",
-    "run_name",
-    "threads",
-    "progress_bar",
-}
+_OPERATIONAL_ROOTS = {"hydra", "paths", "logger", "launcher", "run", "resume", "threads", "progress_bar", "name"}
 _OPERATIONAL_LEAF = re.compile(r"(^|_)(dir|dirpath|path|root|folder|file|filename|run_name|num_threads|num_workers)$")
 # Settings under `data` that change the pixels a likelihood is measured on.
 _PIXEL_SETTING = re.compile(r"binar|image_size|resize|resolution|dequant|crop|gr[ae]y")
@@ -68,8 +57,9 @@ class Sweep:
 
     @property
     def data_sets(self) -> tuple[str, ...]:
-        """Labels of sets of runs whose likelihoods compare, in order."""
-        return tuple(dict.fromkeys(run.data for run in self.runs))
+        """Labels of sets of runs whose likelihoods compare, in order; a run that left no config adds none."""
+        known = [run for run in self.runs if run.config] or self.runs
+        return tuple(dict.fromkeys(run.data for run in known))
 
     @property
     def data_column(self) -> bool:
@@ -299,12 +289,12 @@ def _measure(run: Run) -> str:
 def _missing(folder: Path, runs: list[Run]) -> tuple[tuple[str, ...], ...]:
     """Combinations of Hydra's grid sweep (its multirun.yaml) without a run; () where they cannot be told reliably."""
     expected = _expected(read_yaml(folder / "multirun.yaml"))
-    present = [frozenset(run.overrides) for run in runs]
-    missing = [combination for combination in expected if not any(set(combination) <= there for there in present)]
-    if len(missing) == len(expected):  # not one run is recognised, so the lines are written another way
-        return ()
-    common = set.intersection(*map(set, expected))
-    return tuple(tuple(line for line in combination if line not in common) for combination in missing)
+    common = set.intersection(*map(set, expected)) if expected else set()
+    varied = [tuple(line for line in combination if line not in common) for combination in expected]
+    present = [set(run.overrides) for run in runs]
+    missing = tuple(lines for lines in varied if not any(set(lines) <= there for there in present))
+    # if not one run is recognised, another command line made them
+    return missing if len(missing) < len(expected) else ()
 
 
 def _expected(multirun: Any) -> list[tuple[str, ...]]:

@@ -78,7 +78,7 @@ def nats(value: float, digits: int = 2) -> str:
     text = f"{value:.{digits}f}"
     if digits == 1:
         text = text.removesuffix(".0")
-    return text.replace("-", "−")
+    return text.replace("-", "−" if text.strip("-0.") else "")  # no minus before zero
 
 
 def clock(seconds: float) -> str:

@@ -111,7 +111,7 @@ def mig_chen(
     points. The authors' code estimates the two entropies from separate draws, which has the same expectation and more
     noise; like it, an estimate below 0 counts as 0. The authors leave out the shape of dSprites, which has no order:
     where a factor of that name is known, the second key is theirs. Costs num_samples * N * D Gaussian densities, about
-    10 s of one core for 10,000 points of 10 latents and a quarter of an hour for all of dSprites; n_jobs threads (-1:
+    15 s of one core for 10,000 points of 10 latents and a quarter of an hour for all of dSprites; n_jobs threads (-1:
     one a core) share the latents, and a tenth of the samples takes a tenth of the time.
     Raises VAEError if the codes are not means with log-variances.
     """

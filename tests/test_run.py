@@ -1,0 +1,233 @@
+"""A run from config to folder and back: what is written, what repeats, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from vae.cli import CONFIGS
+from vae.errors import VAEError
+from vae.run import build, continues, evaluate, resumed_config, train
+
+
+def trained(config, folder, **options):
+    train(config, folder, [], progress_bar=False, **options)
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def without_times(metrics):
+    return {name: value for name, value in metrics.items() if "seconds" not in name}
+
+
+def test_same_seed_gives_bit_identical_metrics_and_weights_and_another_seed_does_not(tiny, tmp_path):
+    metrics = [trained(tiny(f"seed={seed}", "data.binarize=dynamic"), tmp_path / str(i)) for i, seed in enumerate((0, 0, 1))]
+    assert without_times(metrics[0]) == without_times(metrics[1])
+    assert metrics[0]["test/elbo"] != metrics[2]["test/elbo"]
+    weights = [torch.load(tmp_path / str(i) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for i in (0, 1)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_run_does_not_depend_on_the_global_generator(tiny, tmp_path):
+    torch.manual_seed(1)
+    first = trained(tiny(), tmp_path / "a")
+    torch.manual_seed(2)
+    assert without_times(trained(tiny(), tmp_path / "b")) == without_times(first)
+
+
+def test_evaluating_a_run_again_gives_the_numbers_that_training_wrote(tiny, tmp_path):
+    written = trained(tiny("trainer.max_epochs=3"), tmp_path)
+    again = evaluate(tmp_path)
+    assert again == {name: value for name, value in written.items() if name.startswith("test/")}
+    assert "test/nll_iw7" in evaluate(tmp_path, nll_samples=7)
+    assert evaluate(tmp_path, split="val")["val/elbo"] != again["test/elbo"]
+
+
+def test_metrics_keep_their_definitions(tiny, tmp_path):
+    metrics = trained(tiny("objective.beta=4"), tmp_path)
+    for split in ("train", "val", "test"):
+        assert math.isclose(metrics[f"{split}/elbo"], -metrics[f"{split}/distortion"] - metrics[f"{split}/rate"], rel_tol=1e-5)
+    assert math.isclose(metrics["val/loss"], metrics["val/distortion"] + 4 * metrics["val/rate"], rel_tol=1e-5)
+    assert math.isclose(metrics["test/bits_per_dim"], -metrics["test/elbo"] / 64 / math.log(2), rel_tol=1e-5)
+    assert -metrics["test/nll_iw5"] > metrics["test/elbo"]
+
+
+def test_a_run_folder_is_complete(tiny, tmp_path):
+    trained(tiny("callbacks=default", "model.latent_dim=2"), tmp_path)
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    expected = {"config.yaml", "overrides.yaml", "environment.json", "status.json", "metrics.json"}
+    expected |= {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    pictures = ("samples", "reconstructions", "traversals", "latent_grid", "kl_per_dimension", "latent_space")
+    expected |= {f"pictures/{picture}.png" for picture in pictures}
+    assert expected <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "finished"
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert {"python", "device", "command", "git_commit", "date"} <= set(environment)
+
+
+OPTIONS = [
+    f"{group.name}={option.stem}"
+    for group in sorted(Path(CONFIGS).iterdir())
+    if group.is_dir() and group.name in ("network", "likelihood", "optimizer", "lr_schedule", "logger", "callbacks")
+    for option in sorted(group.glob("*.yaml"))
+    if option.stem != "burgess"  # for 64x64 images only: below
+] + [f"objective/schedule={schedule}" for schedule in ("constant", "linear", "cosine", "cyclical")]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_trains_a_step(option, tiny, tmp_path):
+    metrics = trained(tiny(option, "callbacks.pictures=null") if "callbacks" not in option else tiny(option), tmp_path)
+    assert math.isfinite(metrics["test/elbo"])
+    assert math.isfinite(metrics["test/nll_iw5"])
+
+
+def test_the_burgess_network_refuses_other_images_in_a_sentence(tiny):
+    with pytest.raises(VAEError, match="64x64"):
+        build(tiny("network=burgess"))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.latent_dim=0", "at least 1"),
+        ("model.latent_dim=2.5", "whole number"),
+        ("objective.beta=-1", "zero or more"),
+        ("data.batch_size=65", "larger than the training split"),
+        ("trainer.max_epochs=0", "at least 1"),
+        ("threads=0", "at least 1"),
+    ],
+)
+def test_bad_settings_are_refused_in_a_sentence(override, sentence, tiny, tmp_path):
+    with pytest.raises(VAEError, match=sentence):
+        train(tiny(override), tmp_path, [], progress_bar=False)
+
+
+def test_a_diverged_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
+    # a learning rate that grows a thousandfold each epoch: the first epoch is harmless, a later one explodes
+    config = tiny("trainer.max_epochs=9", "likelihood=gaussian_learned", "lr_schedule=exponential", "lr_schedule.gamma=1e6")
+    with pytest.raises(VAEError, match=r"stopped being finite at step \d+ .*learning rate .*beta 1"):
+        train(config, tmp_path, [], progress_bar=False)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "stopped being finite" in status["reason"]
+    assert not (tmp_path / "metrics.json").exists()
+    for name in ("best", "last"):
+        weights = torch.load(tmp_path / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+        assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint"])
+def test_a_missing_or_damaged_checkpoint_is_told_in_a_sentence(content, tiny, tmp_path):
+    trained(tiny(), tmp_path)
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    best.unlink()
+    if content is not None:
+        best.write_bytes(content)
+    with pytest.raises(VAEError, match=r"best\.ckpt"):
+        evaluate(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_told_in_a_sentence(tiny, tmp_path):
+    trained(tiny(), tmp_path)
+    config = OmegaConf.load(tmp_path / "config.yaml")
+    config.model.latent_dim = 5
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    with pytest.raises(VAEError, match="another model"):
+        evaluate(tmp_path)
+
+
+def test_loading_a_checkpoint_never_runs_code_from_it(tiny, tmp_path):
+    trained(tiny(), tmp_path)
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    content = torch.load(best, weights_only=True)
+    content["surprise"] = Surprise(tmp_path / "owned")
+    torch.save(content, best)
+    with pytest.raises(VAEError, match="more than weights"):
+        evaluate(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+class Surprise:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_folder_that_is_no_run_is_told_in_a_sentence(tmp_path):
+    with pytest.raises(VAEError, match="not a run folder"):
+        evaluate(tmp_path)
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 6, 9])
+def test_a_run_stopped_at_any_step_and_resumed_ends_bit_identical(stop_at, tiny, tmp_path, monkeypatch):
+    from vae.module import VAEModule
+
+    schedule = ["objective/schedule=linear", "objective.schedule.steps=7", "lr_schedule=cosine", "data.binarize=dynamic"]
+    config = tiny(*schedule, "trainer.max_epochs=3", "data.batch_size=16", "callbacks.interruptible.every_n_steps=1")
+    whole = trained(config, tmp_path / "whole")
+    step = VAEModule.training_step
+
+    def stopping(self, batch, index):
+        if self.steps == stop_at:
+            raise Killed
+        return step(self, batch, index)
+
+    monkeypatch.setattr(VAEModule, "training_step", stopping)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "cut", [], progress_bar=False)
+    monkeypatch.setattr(VAEModule, "training_step", step)
+    resumed = trained(config, tmp_path / "cut", resume=True)
+    assert without_times(resumed) == without_times(whole)
+    last = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "cut")]
+    assert last[0]["steps"] == last[1]["steps"] == 12
+    for name, value in last[0]["state_dict"].items():
+        assert torch.equal(value, last[1]["state_dict"][name])
+
+
+def test_resuming_skips_what_finished_redoes_what_changed_and_goes_on_with_what_is_longer(tiny, tmp_path):
+    first = trained(tiny(), tmp_path)
+    stamp = (tmp_path / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    assert trained(tiny(), tmp_path, resume=True) == first
+    assert (tmp_path / "checkpoints" / "last.ckpt").stat().st_mtime_ns == stamp
+    longer = trained(tiny("trainer.max_epochs=2"), tmp_path, resume=True)
+    assert without_times(longer) == without_times(trained(tiny("trainer.max_epochs=2"), tmp_path / "fresh"))
+    changed = trained(tiny("objective.beta=3"), tmp_path, resume=True)
+    assert without_times(changed) == without_times(trained(tiny("objective.beta=3"), tmp_path / "other"))
+
+
+def test_only_a_longer_run_of_the_same_config_continues():
+    stored = {"seed": 0, "trainer": {"max_epochs": 5}}
+    assert continues(stored, {"seed": 0, "trainer": {"max_epochs": 8}})
+    assert not continues(stored, {"seed": 0, "trainer": {"max_epochs": 4}})
+    assert not continues(stored, {"seed": 1, "trainer": {"max_epochs": 5}})
+    assert not continues(None, stored)
+
+
+def test_resuming_takes_the_stored_config_and_plain_changes(tiny, tmp_path):
+    trained(tiny("objective.beta=2"), tmp_path)
+    config = resumed_config(tmp_path, [f"run={tmp_path}", "resume=true", "trainer.max_epochs=4"])
+    assert (config.objective.beta, config.trainer.max_epochs) == (2, 4)
+    with pytest.raises(VAEError, match="network=conv cannot be changed"):
+        resumed_config(tmp_path, ["network=conv"])
+
+
+def test_two_processes_do_not_train_the_same_run(tiny, tmp_path):
+    from vae.run import only_process
+
+    with only_process(tmp_path), pytest.raises(VAEError, match="Another process"):
+        train(tiny(), tmp_path, [], progress_bar=False)

@@ -1,0 +1,75 @@
+"""Checkpoints: written whole or not at all, read without running code from them, resumed from the middle of an epoch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from vae.errors import VAEError
+from vae.files import write_atomically
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU. Only tensors and plain values are read, so no code in the file can run.
+
+    Raises VAEError if the file is missing, damaged, or holds anything else.
+    """
+    if not Path(path).is_file():
+        raise VAEError(f"There is no checkpoint at {path}: train the run first.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["state_dict"]
+    except Exception as error:
+        raise VAEError(f"The checkpoint {path} is damaged or holds more than weights: it was not loaded.") from error
+    return content
+
+
+def load_weights(module: pl.LightningModule, path: Path) -> dict[str, Any]:
+    """Put a checkpoint's weights into `module` and return the checkpoint. Raises VAEError if they are of another model."""
+    content = read_checkpoint(path)
+    try:
+        module.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        raise VAEError(f"The checkpoint {path} is of another model than its config describes.") from error
+    return content
+
+
+class CheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of checkpoints, through the two functions above."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+
+class Interruptible(pl.callbacks.Checkpoint):
+    """Saves checkpoints/last.ckpt after each validation, and in between every so many seconds or steps.
+
+    A `Checkpoint`, so that Lightning calls it after the callback that keeps the best weights, whose state is saved too.
+    """
+
+    def __init__(self, every_n_seconds: float | None = 120, every_n_steps: int | None = None) -> None:
+        self.every_n_seconds, self.every_n_steps = every_n_seconds, every_n_steps
+        self._saved = time.monotonic()
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        due = self.every_n_steps is not None and module.steps % self.every_n_steps == 0
+        due = due or (self.every_n_seconds is not None and time.monotonic() - self._saved >= self.every_n_seconds)
+        if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # validation follows that one at once
+            module.refuse_divergence()
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._save(trainer)
