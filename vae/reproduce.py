@@ -273,6 +273,7 @@ def reproduce(
     again: measure anew from the trained runs, although results are there.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     console = console or Console()
     folder, module = experiment.results_folder(form), experiment.module()
@@ -288,7 +289,13 @@ def reproduce(
     write_json(folder / "verdicts.json", as_json({**verdicts, **made}))
 
     module.table(results).print(console)
-    verdict_table(claims).print(console)
+    for claim in claims:
+        console.print(
+            f"[{'bold green]pass' if claim.holds else 'bold red]MISS'}[/] "
+            + escape(f"{claim.name}: {claim.measured} (target: {claim.target})"),
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(
         f"{verdicts['held']} of {verdicts['of']} claims hold. Measured on {record['device']}, {record['date'][:10]}, "
         f"in {_duration(record['seconds'])}. Results and figure: {folder}",

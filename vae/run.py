@@ -165,7 +165,7 @@ def build_trainer(config: DictConfig, folder: Path | None, progress_bar: bool) -
     else:
         outputs = {
             "callbacks": [
-                *([Progress()] if progress_bar and config.progress_bar else []),
+                *([Progress()] if progress_bar else []),
                 *(instantiate(callback) for callback in config.callbacks.values() if callback is not None),
                 HyperParameters(settings(config, COMPARED)),
             ],
@@ -223,6 +223,7 @@ def train(
     left as it is, and one that was cut off continues from its last checkpoint; a run of another config is done anew.
     `jobs` is the number of runs that share the machine. Raises VAEError if another process is training this run.
     """
+    progress_bar = progress_bar and config.progress_bar
     settled = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in TRANSIENT}
     config = OmegaConf.create(settled)
     set_threads(config.threads, jobs)

@@ -39,12 +39,12 @@ class SweepCallback(Callback):
 
         folder = Path(config.hydra.sweep.dir)
         sweep = read_sweep(folder)
-        page = write_report(folder)
+        page = write_report(sweep)
         console = Console()
         print_table(sweep, console)
         console.print(f"Report:      open {page}", highlight=False, soft_wrap=True)
         console.print(f"TensorBoard: tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
-        if sweep.failed:
+        if not sweep.complete:
             sys.exit(1)
 
 

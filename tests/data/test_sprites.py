@@ -214,6 +214,14 @@ def test_an_image_size_that_does_not_fit_into_bytes_is_refused():
 # Splits, cache, processes
 
 
+def test_the_first_images_of_a_split_are_a_fair_sample_of_every_factor():
+    train = sprites(subset={"orientation": 5, "x": 8, "y": 8}).train
+    _, factors = train.gather(torch.arange(900))
+    for values, size in zip(factors.T, train.grid.factor_sizes, strict=True):
+        share = 900 / size
+        assert ((values.bincount(minlength=size) - share).abs() < 5 * share**0.5).all()
+
+
 def test_splits_share_out_the_grid_by_seed_and_keep_it_within_reach():
     splits = sprites(subset=SMALL)
     assert [len(split) for split in splits] == [288, 36, 36]

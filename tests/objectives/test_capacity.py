@@ -29,10 +29,10 @@ def test_at_its_capacity_the_loss_is_the_distortion_and_off_it_gamma_a_nat():
     vae = EXACT.vae()
     at_zero = run(Capacity(0.0, gamma=3.0), vae)
     rate, distortion = float(at_zero["rate"]), float(at_zero["distortion"])
-    assert float(at_zero["loss"]) == pytest.approx(distortion + 3 * rate)
+    assert at_zero["loss"].item() == pytest.approx(distortion + 3 * rate)
     for capacity, excess in ((rate, 0.0), (rate + 2, 2.0), (rate - 2, 2.0)):
         loss = run(Capacity(capacity, gamma=3.0), vae)["loss"]
-        assert float(loss) == pytest.approx(distortion + 3 * excess, abs=1e-5)
+        assert loss.item() == pytest.approx(distortion + 3 * excess, abs=1e-5)
 
 
 def test_capacity_grows_with_the_schedule_and_is_whole_in_validation():
@@ -49,11 +49,11 @@ def test_a_capacity_refuses_a_feedback_controller():
 
 def test_free_bits_charge_each_dimension_its_batch_mean_but_no_less_than_the_floor():
     vae = EXACT.vae()
-    kl = vae(EXACT.batch(50).x, generator("noise")).kl.mean(0)
+    kl = vae(EXACT.batch(50).x, generator("noise")).kl.mean(0).detach()
     floor = float(kl.sort().values[:2].mean())  # one of the three lies below it
     terms = run(FreeBits(floor, beta=2.0), vae)
     expected = terms["distortion"] + 2 * sum(max(floor, float(k)) for k in kl)
-    assert float(terms["loss"]) == pytest.approx(float(expected))
+    assert terms["loss"].item() == pytest.approx(float(expected))
     assert float(terms["rate"]) == pytest.approx(float(kl.sum()))
 
 
@@ -71,7 +71,7 @@ def test_a_group_of_dimensions_shares_its_floor():
     rate = run(BetaVAE(), vae)["rate"]
     for floor in (0.0, float(rate) - 1, float(rate) + 1):
         terms = run(FreeBits(floor, groups=1), vae)
-        assert float(terms["loss"] - terms["distortion"]) == pytest.approx(max(floor, float(rate)))
+        assert (terms["loss"] - terms["distortion"]).item() == pytest.approx(max(floor, float(rate)))
 
 
 # --- where training settles: the exact rate-distortion curve of a linear-Gaussian model -----------------------------------
@@ -134,18 +134,23 @@ def objectives(rate, squared_error, n, s, active):
     beta = 0.1 / s
     return {
         "beta_vae": BetaVAE(beta),
-        "capacity": Capacity(rate, gamma=4 * beta, schedule=Linear(500)),
+        "capacity": Capacity(rate, gamma=2 * beta, schedule=Linear(300)),
         "geco": BetaVAE(schedule=GECO(target, alpha=0.9, eta=0.05 / (active * beta), init=beta / 2)),
-        "control": BetaVAE(schedule=ControlVAE(rate, kp=0.01, ki=0.003 * beta / active, minimum=beta / 5, maximum=5 * beta)),
+        "control": BetaVAE(
+            schedule=ControlVAE(rate, kp=0.01, ki=0.02 * beta / active, minimum=beta / 5, maximum=5 * beta)
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["beta_vae", "capacity", "geco", "control"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("beta_vae", "geco", "control")]
+
+
+@pytest.mark.parametrize("name", ["capacity", *SLOW])
 def test_rate_control_settles_on_the_exact_curve(name):
     rate, squared_error = water_filling(SPECTRUM, 0.1)
     active = int((SPECTRUM > 0.1).sum())
     objective = objectives(rate, squared_error, len(SPECTRUM), 0.01, active)[name]
-    reached = settle(objective, ExpectedLinearVAE(SPECTRUM, 0.01), steps=1500)
+    reached = settle(objective, ExpectedLinearVAE(SPECTRUM, 0.01), steps=1300 if name == "capacity" else 2500)
     assert reached == pytest.approx((rate, squared_error), rel=0.01)
 
 
@@ -167,10 +172,9 @@ def test_rate_control_settles_on_the_published_point_of_mnist(data_dir, name):
 def test_free_bits_keep_every_dimension_above_the_floor_and_cost_only_where_they_must():
     # at s = 1 most directions of this spectrum are not worth a nat, and collapse without a floor
     floor, variances = 0.4, SPECTRUM
-    collapsed = ExpectedLinearVAE(variances, 1.0)
-    settle(BetaVAE(), collapsed, steps=1500)
-    kept = ExpectedLinearVAE(variances, 1.0)
-    settle(FreeBits(floor), kept, steps=1500)
+    collapsed, kept = ExpectedLinearVAE(variances, 1.0), ExpectedLinearVAE(variances, 1.0)
+    settle(BetaVAE(), collapsed, steps=700)
+    settle(FreeBits(floor), kept, steps=700)
     kl = [vae(None, None).kl[0].detach() for vae in (collapsed, kept)]
     worth = 0.5 * variances.log().clamp(min=0)  # water-filling at the level 1
     assert (kl[0] < 0.05).sum() >= 8

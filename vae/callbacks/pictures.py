@@ -65,8 +65,8 @@ def latent_grid(vae: VAE, columns: int = 20, y: Tensor | None = None) -> Tensor:
 
 def kl_bars(kl: Tensor) -> Tensor:
     """KL of each latent dimension in nats, largest first."""
-    figure = Figure(figsize=(6, 3), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(6, 3), dpi=120)  # margins by hand: matplotlib's layout engines triple the drawing time
+    axes = figure.add_axes((0.12, 0.17, 0.85, 0.72))
     values = kl.sort(descending=True).values.cpu().numpy()
     axes.bar(np.arange(len(values)), values, color="#3b6ea8")
     axes.set(xlabel="latent dimension, by KL", ylabel="KL to the prior (nats)", title=f"rate {values.sum():.2f} nats")
@@ -78,8 +78,8 @@ def latent_space(mean: Tensor, kl: Tensor, labels: Tensor | None) -> Tensor:
     order = kl.argsort(descending=True)[:2] if len(kl) == mean.shape[1] else torch.arange(min(2, mean.shape[1]))
     points = mean[:, order].cpu().numpy()
     x, y = points[:, 0], points[:, 1] if len(order) > 1 else np.zeros(len(points))
-    figure = Figure(figsize=(5.5, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(5.5, 5), dpi=120)
+    axes = figure.add_axes((0.12, 0.1, 0.72, 0.82))
     colours = None if labels is None or labels.ndim != 1 else labels.cpu().numpy()
     dots = axes.scatter(x, y, c=colours, cmap="tab10" if colours is not None else None, s=6, alpha=0.8, linewidths=0)
     if colours is not None and len(np.unique(colours)) <= 20:
@@ -145,9 +145,9 @@ class Pictures(pl.Callback):
         self.every_n_epochs, self.points = every_n_epochs, points
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
-        if trainer.training and not trainer.sanity_checking:
-            return
-        if trainer.state.fn == "fit" and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        epoch = trainer.current_epoch + 1
+        last = epoch == trainer.max_epochs  # drawn when the run is tested
+        if trainer.state.fn == "fit" and epoch % self.every_n_epochs == 0 and not last:
             self._draw(trainer, module)
 
     def on_test_end(self, trainer: pl.Trainer, module: VAEModule) -> None:

@@ -40,7 +40,8 @@ class Images:
         return len(self.x)
 
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.x[index], None if self.y is None else self.y[index]
+        # index_select is an order of magnitude faster than x[index] for small images
+        return self.x.index_select(0, index), None if self.y is None else self.y.index_select(0, index)
 
     def subset(self, index: Tensor) -> Images:
         return Images(*self.gather(index))

@@ -226,9 +226,10 @@ class ImageDataModule(pl.LightningDataModule):
         partners_of(self.splits_ready().train, changed_factors)
         self.changed_factors = changed_factors
 
-    def train_mean(self, images: int = 10_000) -> Tensor:
-        """Mean training image in [0, 1], (C, H, W), over at most `images` of them; binarisation leaves it unchanged."""
+    def train_mean(self) -> Tensor:
+        """Mean training image in [0, 1], (C, H, W), over at most 10,000 of them (500 where each is read from a file)."""
         train = self.splits_ready().train
+        images = 500 if getattr(train, "streaming", False) else 10_000
         index = torch.linspace(0, len(train) - 1, min(images, len(train))).long()
         total = sum(self.scale(train.gather(part)[0]).double().sum(0) for part in index.split(1000))
         return (total / len(index)).float()

@@ -171,7 +171,8 @@ def binarized_mnist(root: Root, cache: Root | None = None) -> Splits:
     """Larochelle's one Bernoulli draw of MNIST (Larochelle & Murray 2011), 50,000 / 10,000 / 10,000.
 
     x (1, 28, 28), values 0 and 255, no labels. Three .amat files of text; the packed bits are kept in `cache`, in the
-    user's cache folder if not given.
+    user's cache folder if not given. The test file is sorted by digit; its images are put into one fixed random order,
+    so that the first n are a fair sample.
     """
     folder = Path(root).expanduser() / "binarized_mnist"
     store = Path(cache).expanduser() if cache else cache_folder()
@@ -185,6 +186,8 @@ def binarized_mnist(root: Root, cache: Root | None = None) -> Splits:
         bits = cached_bits(
             store / f"binarized_mnist_{split}-{md5[:8]}.bits", (images, 98), lambda path=path, md5=md5: _amat(path, md5)
         )
+        if split == "test":
+            bits = bits[torch.randperm(images, generator=generator(0, "order")).numpy()]
         x = torch.from_numpy(np.unpackbits(bits, axis=1)).mul_(255)
         splits.append(Images(x.view(-1, 1, 28, 28)))
     return Splits(*splits)
@@ -207,8 +210,9 @@ def frey_faces(root: Root, val_size: int = 200, test_size: int = 200, seed: int 
     path = Path(root).expanduser() / "frey_faces" / "frey_rawface.mat"
     fetch(path, FREY_URLS, FREY_MD5)
     check(path, FREY_MD5)
-    frames = Images(torch.from_numpy(loadmat(path)["ff"].T.reshape(-1, 1, 28, 20).copy()))
-    rest, test = hold_out(frames, test_size, seed)
+    film = torch.from_numpy(loadmat(path)["ff"].T.reshape(-1, 1, 28, 20).copy())
+    shuffled = Images(film[torch.randperm(len(film), generator=generator(seed, "order"))])
+    rest, test = hold_out(shuffled, test_size, seed)
     return Splits(*hold_out(rest, val_size, seed), test)
 
 

@@ -129,12 +129,16 @@ class FactorSplit:
 
 
 def split_grid(grid: FactorGrid, val_size: int | None = None, test_size: int | None = None, seed: int = 0) -> Splits:
-    """Validation and test drawn from the grid by `seed`, a tenth of it each and at most 10,000 images unless said."""
+    """Validation and test drawn from the grid by `seed`, a tenth of it each and at most 10,000 images unless said.
+
+    Each lies in the order of the draw, not of the grid, so that its first n images are a fair sample of all factors.
+    """
     held_out = [min(10_000, max(1, len(grid) // 10)) if size is None else size for size in (test_size, val_size)]
     if min(held_out) < 1 or sum(held_out) >= len(grid):
         raise VAEError(f"{held_out[1]} + {held_out[0]} images cannot be held out of a grid of {len(grid)}.")
     order = torch.randperm(len(grid), generator=generator(seed, "split"))
-    test, val, train = (rows.sort().values for rows in order.split([*held_out, len(grid) - sum(held_out)]))
+    # copies, for a view would be pickled with the whole order
+    test, val, train = (rows.clone() for rows in order.split([*held_out, len(grid) - sum(held_out)]))
     return Splits(*(FactorSplit(grid, rows) for rows in (train, val, test)))
 
 

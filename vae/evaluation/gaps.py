@@ -74,7 +74,7 @@ def inference_gaps(
     to 0. Both ELBOs are means over the same `elbo_samples` draws of noise. For a diagonal Gaussian that output is all
     there is of q; of an amortised flow or a two-layer posterior, weights that all images share stay as they are.
 
-    The gradient is that of the path alone (Roeder et al. 2017), so that at the exact posterior it is exactly 0.
+    The gradient is that of the path alone (Roeder et al. 2017): its noise vanishes as q nears the exact posterior.
     Raises VAEError if there is not one log-likelihood for each image.
     """
     if log_likelihood.shape != (len(batch.x),):
@@ -107,8 +107,7 @@ def optimise_locally(
 ) -> Tensor:
     """The posterior's parameters (B, ...) that maximise each image's own ELBO. Adam is elementwise, so images don't mix."""
     parameters = start.clone().requires_grad_()
-    # Gradients are of the order of nats; without this eps Adam would make whole steps of rounding errors at the optimum.
-    optimizer = torch.optim.Adam([parameters], lr=learning_rate, eps=1e-4)
+    optimizer = torch.optim.Adam([parameters], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):
         posterior = vae.posterior(parameters)

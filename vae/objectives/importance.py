@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
-from vae.model import VAE
+from vae.model import VAE, Posterior
 from vae.objectives.elbo import Objective
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class MIWAE(Objective):
         bound = self.bound(densities.log_weights().detach()).mean()
         return self.named_terms(-self.bound(log_w).mean(), out, iw_bound=bound, beta=beta)
 
-    def log_q(self, vae: VAE, batch: Batch, posterior: DiagonalGaussian, z: Tensor) -> Tensor:
+    def log_q(self, vae: VAE, batch: Batch, posterior: Posterior, z: Tensor) -> Tensor:
         """log q(z|x), (M, K, B); without gradient to the parameters of q unless the estimator is reparameterised."""
         if self.estimator == "reparameterised":
             return posterior.log_prob(z)

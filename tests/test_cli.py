@@ -1,0 +1,130 @@
+"""The commands as a person types them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = ["data.limit=64", "data.batch_size=32", "trainer.max_epochs=1", "evaluation.nll_samples=5", "network.hidden=[16]"]
+SMALL += ["callbacks=minimal", "threads=1", "trainer.accelerator=cpu"]
+
+
+def run(module, *arguments, cwd, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_entry_points_answer_without_importing_torch(tmp_path):
+    code = "import sys, vae.train, vae.evaluate, vae.sweep, vae.report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+    shown = run("vae.train", "--cfg", "job", "objective.beta=4", cwd=tmp_path)
+    assert "beta: 4" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("override", ["objective.bta=4", "data=mnits", "objective=beta_vea"])
+def test_an_unknown_option_or_group_is_refused_without_a_traceback(override, tmp_path):
+    done = run("vae.train", override, cwd=tmp_path)
+    assert done.returncode == 1
+    assert override.split("=")[override.startswith(("data", "objective=")) and 1] in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_sweep_with_a_bad_run_names_folders_by_what_varies_reports_and_fails_then_resumes(tmp_path):
+    command = ["-m", *SMALL, "run=sweep", "objective.beta=0.5,-1", "model.latent_dim=2,3"]
+    done = run("vae.train", *command, cwd=tmp_path)
+    assert done.returncode == 1
+    sweep = tmp_path / "sweep"
+    folders = {path.parent.name for path in sweep.glob("*/status.json")}
+    assert folders == {f"model.latent_dim={d},objective.beta={b}" for d in (2, 3) for b in ("0.5", "-1")}
+    assert "objective.beta=-1 must be zero or more" in done.stdout.replace("\n", "")
+    rows = list(csv.DictReader((sweep / "report" / "runs.csv").open()))
+    assert len(rows) == 4
+    assert (sweep / "report" / "index.html").is_file()
+    assert "tensorboard --logdir sweep" in done.stdout
+    good = sweep / "model.latent_dim=2,objective.beta=0.5"
+    stamp = (good / "metrics.json").stat().st_mtime_ns
+
+    refused = run("vae.train", *command, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "exists already: add resume=true" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+    again = run("vae.train", *[o.replace("0.5,-1", "0.5") for o in command], "resume=true", cwd=tmp_path)
+    assert "finished model.latent_dim=3,objective.beta=0.5" in again.stdout
+    assert (good / "metrics.json").stat().st_mtime_ns == stamp
+
+
+def test_a_run_is_trained_evaluated_again_and_resumed_by_command(tmp_path):
+    done = run("vae.train", *SMALL, "run=here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = run("vae.evaluate", "run=here", cwd=tmp_path)
+    elbo = json.loads((tmp_path / "here" / "metrics.json").read_text())["test/elbo"]
+    assert again.stdout.count(f"{elbo:.6g}") == 2
+    resumed = run("vae.train", "run=here", "resume=true", "trainer.max_epochs=2", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "here" / "status.json").read_text())["epochs"] == 2
+    for wrong in (["run=nowhere"], ["run=here", "split=tset"]):
+        refused = run("vae.evaluate", *wrong, cwd=tmp_path)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("Error: ")
+        assert "Traceback" not in refused.stderr
+
+
+def test_absent_data_is_told_in_a_sentence_with_where_and_how(tmp_path):
+    done = run("vae.train", "data=frey_faces", cwd=tmp_path, VAE_DATA_DIR=str(tmp_path / "none"), http_proxy="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
+    assert str(tmp_path / "none") in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_parallel_jobs_give_the_same_metrics_as_one_after_another(tmp_path):
+    command = ["-m", *SMALL, "seed=0,1,2,3", "data.binarize=dynamic"]
+    for name, launcher in (("one", []), ("many", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"])):
+        done = run("vae.train", *command, *launcher, f"run={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    for folder in sorted(Path(tmp_path / "one").glob("seed=*")):
+        one, many = (json.loads((tmp_path / n / folder.name / "metrics.json").read_text()) for n in ("one", "many"))
+        assert {k: v for k, v in one.items() if "seconds" not in k} == {k: v for k, v in many.items() if "seconds" not in k}
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_steps_and_resumed_end_bit_identical(tmp_path):
+    import random
+    import time
+
+    settings = ["data.batch_size=16", "trainer.max_epochs=40", "evaluation.nll_samples=5", "threads=1", "callbacks=minimal"]
+    settings += ["callbacks.interruptible.every_n_steps=7", "data.limit=320", "trainer.accelerator=cpu", "progress_bar=false"]
+    assert run("vae.train", *settings, "run=whole", cwd=tmp_path).returncode == 0
+    whole = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    pick, kills = random.Random(0), 0
+    for attempt in range(200):
+        command = [sys.executable, "-m", "vae.train", *settings, "run=cut", "resume=true"]
+        if attempt:  # then the folder holds the config
+            command = [*command[:3], "run=cut", "resume=true"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+        before = last.stat().st_mtime_ns if last.is_file() else 0
+        while process.poll() is None and not (last.is_file() and last.stat().st_mtime_ns > before):
+            time.sleep(0.005)  # until it trains
+        time.sleep(pick.random() * 0.2)
+        if kills < 20 and process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+        if (tmp_path / "cut" / "metrics.json").is_file():
+            break
+    cut = json.loads((tmp_path / "cut" / "metrics.json").read_text())
+    assert kills >= 10
+    assert {k: v for k, v in cut.items() if "seconds" not in k} == {k: v for k, v in whole.items() if "seconds" not in k}

@@ -1,0 +1,241 @@
+"""An experiment is measured once, judged from its written results alone, and goes on where it was cut off."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vae.errors import VAEError
+from vae.reproduce import Context, Experiment, Table, main, names, spread
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+NUMBERS = itertools.count()
+
+SOURCE = '''
+"""Two pieces, a claim on their sum, and a diary of what was really computed."""
+from pathlib import Path
+from vae.reproduce import Claim, Table
+import matplotlib.pyplot as plt
+
+DIARY = Path({diary!r})
+PAPER = ("Nobody 2026, "
+         "On sums")
+CLAIM = "One and two is three."
+SETTINGS = {{"quick": {{"second": 2}}, "full": {{"second": 20}}}}
+
+def piece(value):
+    DIARY.open("a").write(f"{{value}}\\n")
+    return {{"value": value, "pair": (1, 2)}}
+
+def measure(context):
+    first = context.cached("first", lambda: piece(1))
+    if DIARY.with_name("pull-the-plug").exists():
+        raise KeyboardInterrupt
+    second = context.cached("second", lambda: piece(context.settings["second"]))
+    return {{"sum": first["value"] + second["value"], "pair": first["pair"]}}
+
+def claims(results):
+    return [Claim("sum", results["sum"] == 3, str(results["sum"]), "3"),
+            Claim("a pair is a list", results["pair"] == [1, 2], str(results["pair"]), "[1, 2]")]
+
+def table(results):
+    return Table(("", "paper", "ours"), [("sum", "3", str(results["sum"]))])
+
+def figure(results):
+    fig, ax = plt.subplots()
+    ax.plot([0, results["sum"]])
+    return fig
+'''
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A checkout with one experiment in it: (its Experiment, the lines of its diary, a folder for messages to it)."""
+    name = f"fake_{next(NUMBERS)}"
+    folder = tmp_path / "experiments" / name
+    folder.mkdir(parents=True)
+    diary = tmp_path / "diary"
+    diary.touch()
+    (folder / "experiment.py").write_text(SOURCE.format(diary=str(diary)))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return Experiment(name, tmp_path), lambda: diary.read_text().split(), tmp_path
+
+
+def edit(experiment: Experiment, old: str, new: str) -> None:
+    """Change the source of an experiment as an author would between two commands."""
+    path = experiment.checkout / "experiments" / experiment.name / "experiment.py"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    module = experiment.module()
+    for cached in path.parent.glob("__pycache__/*"):
+        cached.unlink()
+    importlib.reload(module)
+
+
+def read(experiment: Experiment, name: str, form: str = "quick") -> dict:
+    return json.loads((experiment.results_folder(form) / name).read_text())
+
+
+def test_results_are_measured_once_and_judged_again_at_each_call(fake):
+    experiment, diary, checkout = fake
+    assert main([experiment.name, "--quick"], checkout) == 0
+    assert diary() == ["1", "2"]
+    record = read(experiment, "results.json")
+    assert record["results"] == {"sum": 3, "pair": [1, 2]}
+    assert record["settings"]["settings"] == {"second": 2}
+    assert {"date", "device", "versions", "command", "seconds"} < set(record)
+    assert (experiment.results_folder("quick") / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert main([experiment.name, "--quick"], checkout) == 0
+    assert diary() == ["1", "2"]
+    assert read(experiment, "results.json") == record
+
+
+def test_a_failed_claim_is_exit_code_1_and_is_written_down(fake):
+    experiment, _, checkout = fake
+    assert main([experiment.name], checkout) == 1  # in the full form the sum is 21
+    verdicts = read(experiment, "verdicts.json", "full")
+    assert (verdicts["held"], verdicts["of"]) == (1, 2)
+    assert verdicts["claims"][0] == {"name": "sum", "holds": False, "measured": "21", "target": "3"}
+
+
+def test_verdicts_follow_from_results_json_alone(fake):
+    experiment, diary, checkout = fake
+    main([experiment.name, "--quick"], checkout)
+    path = experiment.results_folder("quick") / "results.json"
+    record = json.loads(path.read_text())
+    record["results"]["sum"] = 4
+    path.write_text(json.dumps(record))
+    assert main([experiment.name, "--quick"], checkout) == 1
+    assert read(experiment, "verdicts.json")["claims"][0]["measured"] == "4"
+    assert diary() == ["1", "2"]
+
+
+def test_a_measure_that_was_cut_off_goes_on_from_its_pieces(fake):
+    experiment, diary, checkout = fake
+    plug = checkout / "pull-the-plug"
+    plug.touch()
+    assert main([experiment.name, "--quick"], checkout) == 130
+    assert diary() == ["1"]
+    assert not experiment.results_folder("quick").exists()
+    plug.unlink()
+    assert main([experiment.name, "--quick"], checkout) == 0
+    assert diary() == ["1", "2"]
+
+
+def test_changed_settings_make_results_and_pieces_stale(fake):
+    experiment, diary, checkout = fake
+    main([experiment.name, "--quick"], checkout)
+    edit(experiment, '"second": 2}', '"second": 5}')
+    assert main([experiment.name, "--quick"], checkout) == 1
+    assert read(experiment, "results.json")["results"]["sum"] == 6
+    assert diary() == ["1", "2", "1", "5"]
+
+
+def test_again_measures_anew(fake):
+    experiment, diary, checkout = fake
+    main([experiment.name, "--quick"], checkout)
+    main([experiment.name, "--quick", "--again"], checkout)
+    assert diary() == ["1", "2", "1", "2"]
+
+
+def test_the_list_tells_the_last_verdicts_and_cost(fake, capsys):
+    experiment, _, checkout = fake
+    main([experiment.name, "--quick"], checkout)
+    capsys.readouterr()
+    assert main(["--list", "--markdown"], checkout) == 0
+    row = capsys.readouterr().out.splitlines()[2]
+    assert [cell.strip() for cell in row.split("|")[1:6:2]] == [experiment.name, "not yet run", ""]
+    assert "2 of 2, " in row and "Nobody 2026, On sums" in row
+
+
+def test_markdown_is_for_a_readme(fake, capsys):
+    experiment, _, checkout = fake
+    main([experiment.name, "--quick"], checkout)
+    capsys.readouterr()
+    main([experiment.name, "--quick", "--markdown"], checkout)
+    out = capsys.readouterr().out
+    assert out.startswith("|  | paper | ours |\n| --- | ---: | ---: |\n| sum | 3 | 3 |\n")
+    assert "| pass | sum | 3 | 3 |" in out
+
+
+def test_a_run_is_trained_once_and_is_the_same_however_many_are_side_by_side(tmp_path):
+    tiny = ["data.limit=64", "data.batch_size=32", "trainer.max_epochs=1", "evaluation.nll_samples=0"]
+    tiny += ["callbacks=minimal", "logger=none", "network.hidden=[4]", "model.latent_dim=2", "trainer.accelerator=cpu"]
+    lines = []
+    context = Context(quick=True, folder=tmp_path / "one", jobs=1, say=lines.append)
+    folder = context.train([*tiny, "objective.beta=2"], "beta=2")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test/elbo"] == pytest.approx(-(metrics["test/rate"] + metrics["test/distortion"]), abs=1e-4)
+    written = (folder / "metrics.json").stat().st_mtime_ns
+    context.train([*tiny, "objective.beta=2"], "beta=2")
+    assert (folder / "metrics.json").stat().st_mtime_ns == written
+    assert [line.split(",")[0] for line in lines] == ["beta=2: trained", "beta=2: trained before"]
+
+    pair = Context(quick=True, folder=tmp_path / "two", jobs=2)
+    folders = pair.train_many({f"beta={beta}": [*tiny, f"objective.beta={beta}"] for beta in (1, 2)})
+    beside = json.loads((folders["beta=2"] / "metrics.json").read_text())
+    assert {k: v for k, v in beside.items() if "seconds" not in k} == {
+        k: v for k, v in metrics.items() if "seconds" not in k
+    }
+
+
+def test_away_from_a_checkout_a_sentence_says_where_experiments_are(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["linear_vae_ppca"], tmp_path)
+    assert ended.value.code == 1
+    assert "clone the repository" in capsys.readouterr().err
+    with pytest.raises(VAEError, match="clone the repository"):
+        Experiment("linear_vae_ppca", tmp_path)
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones(fake):
+    experiment, _, checkout = fake
+    with pytest.raises(VAEError, match=f"choose from {experiment.name}"):
+        Experiment("unknown", checkout)
+
+
+def test_spread_is_mean_and_sample_deviation():
+    assert spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
+    assert spread([2.5]) == "2.50"
+
+
+def test_a_table_with_a_short_row_is_refused():
+    with pytest.raises(VAEError, match="needs 2 cells"):
+        Table(("a", "b"), [("1",)])
+
+
+def test_listing_does_not_wait_for_torch(fake):
+    _, _, checkout = fake
+    code = "import sys, vae.reproduce; vae.reproduce.main(['--list']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=checkout, check=True, capture_output=True)
+
+
+COMMITTED = [(name, form) for name in names(CHECKOUT) for form in ("quick", "full")]
+
+
+@pytest.mark.parametrize(("name", "form"), COMMITTED)
+def test_committed_verdicts_are_those_of_the_committed_results(name, form):
+    experiment = Experiment(name, CHECKOUT)
+    folder = experiment.results_folder(form)
+    if not (folder / "results.json").is_file():
+        pytest.skip(f"the {form} form has not been run yet")
+    record = json.loads((folder / "results.json").read_text())
+    claims = experiment.module().claims(record["results"])
+    verdicts = json.loads((folder / "verdicts.json").read_text())["claims"]
+    assert [(c.name, c.holds, c.measured) for c in claims] == [(v["name"], v["holds"], v["measured"]) for v in verdicts]
+    assert record["settings"] == experiment.settings(form), "the settings have changed since: run it again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names(CHECKOUT))
+def test_the_quick_form_bears_out_the_claims(name, tmp_path, data_dir):
+    from vae.reproduce import reproduce
+
+    claims = reproduce(Experiment(name, CHECKOUT, outputs=tmp_path), "quick")
+    assert [claim.name for claim in claims if not claim.holds] == []
