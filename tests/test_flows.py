@@ -17,7 +17,9 @@ def normal(*shape, name="normal"):
 
 
 def planar_step(d, batch=(), scale=2.0):
-    return PlanarStep(scale * normal(*batch, d, name="w"), scale * normal(*batch, d, name="u"), normal(*batch, name="b"))
+    return PlanarStep(
+        scale * normal(*batch, d, name="w"), scale * normal(*batch, d, name="u"), normal(*batch, name="b")
+    )
 
 
 def iaf_step(d, flipped=True):

@@ -81,9 +81,7 @@ def test_draws_from_a_linear_two_layer_model_have_its_marginal_variance():
     vae, _, _ = chain()
     h1 = vae.prior.sample(200_000, generator("h"))[:, 0]
     assert math.isclose(h1.var().item(), 0.8**2 + 0.5, rel_tol=0.01)
-    torch.testing.assert_close(
-        vae.sample(5, generator("x")).flatten(), 1.5 * vae.prior.sample(5, generator("x"))[:, 0]
-    )
+    torch.testing.assert_close(vae.sample(5, generator("x")).flatten(), 1.5 * vae.prior.sample(5, generator("x"))[:, 0])
 
 
 def test_burdas_two_layers_come_from_config_and_every_measure_serves_them(tiny):

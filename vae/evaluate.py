@@ -1,33 +1,37 @@
-"""`python -m vae.evaluate run=FOLDER`: measure a finished run again, from its best checkpoint."""
+"""`python -m vae.evaluate run=FOLDER`: measure a finished run, from its best checkpoint."""
 
 from __future__ import annotations
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from vae.cli import CONFIGS, sentences
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="evaluate")
 def main(config: DictConfig) -> None:
+    """Prints what was measured beside what training wrote, and keeps it in evaluation-SPLIT.json in the run's folder."""
     from pathlib import Path
 
     from rich.console import Console
     from rich.table import Table
 
     with sentences():
-        from vae.errors import VAEError
-        from vae.run import evaluate, read_metrics
+        from vae.run import measure, read_metrics
 
-        if config.split not in ("train", "val", "test"):
-            raise VAEError(f"split={config.split!r} is unknown: choose train, val or test.")
         changes = {name: config[name] for name in ("nll_samples", "accelerator", "threads") if config[name] is not None}
         folder = Path(config.run)
-        results = evaluate(folder, config.split, **changes)
+        results = measure(folder, config.split, OmegaConf.to_container(config), **changes)
         written = read_metrics(folder)
-    table = Table("metric", "now", "when trained", title=str(folder))
-    for name, value in results.items():
-        table.add_row(name, f"{value:.6g}", f"{written[name]:.6g}" if name in written else "")
+    # What chance and perfection score stands beside a score, where it is known.
+    columns = {"now": "", "floor": "/floor", "ceiling": "/ceiling"}
+    columns = {name: end for name, end in columns.items() if any(key.endswith(end) for key in results)}
+    table = Table("metric", *columns, "when trained", title=str(folder), show_lines=False)
+    table.columns[0].overflow = "fold"
+    for name in results:
+        if not name.endswith(("/floor", "/ceiling")):
+            numbers = [results.get(name + end) for end in columns.values()] + [written.get(name)]
+            table.add_row(name, *("" if number is None else f"{number:.6g}" for number in numbers))
     Console().print(table)
 
 

@@ -191,7 +191,7 @@ class MADE(nn.Module):
 
 class IAFStep:
     """z'_i = s_i z_i + (1 - s_i) m_i with s = sigmoid(net + 2), m = net, both of z_1 .. z_(i-1) and the context; the
-    log-determinant is sum log s. With `flipped`, z_D comes first. Kingma et al. 2016, equations 13 and 14 and Algorithm 1.
+    log-determinant is sum log s. With `flipped`, z_D comes first. Kingma et al. 2016, Algorithm 1.
     """
 
     def __init__(self, net: MADE, context: Tensor | None, flipped: bool) -> None:

@@ -81,10 +81,7 @@ class VAE(nn.Module):
     def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """The likelihood's parameters, (..., D) -> (..., P, C, H, W); labels y (...) broadcast against z."""
         flat = z.flatten(0, -2)
-        if self.num_classes:
-            params = self.decoder(flat, y.expand(z.shape[:-1]).flatten())
-        else:
-            params = self.decoder(flat)
+        params = self.decoder(flat, y.expand(z.shape[:-1]).flatten()) if self.num_classes else self.decoder(flat)
         return params.unflatten(0, z.shape[:-1])
 
     def forward(

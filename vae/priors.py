@@ -68,7 +68,7 @@ class MixturePrior(nn.Module):
 class MixtureOfGaussians(MixturePrior):
     """`components` diagonal Gaussians, all weights, means and variances learned.
 
-    Means start as draws from N(0, I), variances and weights equal. Raises VAEError for no component.
+    Means start as draws from N(0, I / 4), variances at 1 and weights equal. Raises VAEError for no component.
     """
 
     def __init__(self, latent_dim: int, components: int = 10) -> None:
@@ -76,7 +76,7 @@ class MixtureOfGaussians(MixturePrior):
         if components < 1:
             raise VAEError(f"A mixture needs at least one component, not {components}.")
         self.logits = nn.Parameter(torch.zeros(components))
-        self.mean = nn.Parameter(torch.randn(components, latent_dim))
+        self.mean = nn.Parameter(0.5 * torch.randn(components, latent_dim))
         self.log_var = nn.Parameter(torch.zeros(components, latent_dim))
 
     def mixture(self) -> GaussianMixture:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from torch import Tensor, nn
 
 from vae.callbacks.progress import Progress
 from vae.callbacks.records import HyperParameters
 from vae.checkpoints import CheckpointIO, load_weights
+from vae.data.images import Splits
 from vae.data.module import ImageDataModule
 from vae.errors import VAEError
+from vae.evaluation.measures import MEASURES
 from vae.files import write_json, write_text
 from vae.gaussian import DiagonalGaussian
 from vae.hierarchical import BottomDecoder
@@ -63,6 +65,8 @@ def instantiate(config: Any, **options: Any) -> Any:
     """Hydra's instantiate; what the object's own constructor says against its options is raised as VAEError."""
     try:
         return hydra.utils.instantiate(config, **options)
+    except MissingMandatoryValue as error:
+        raise VAEError(f"{error.full_key} has no default: say what it should be.") from error
     except InstantiationException as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -157,7 +161,9 @@ def build_prior(
     return prior
 
 
-def build_trainer(config: DictConfig, folder: Path | None, progress_bar: bool) -> pl.Trainer:
+def build_trainer(
+    config: DictConfig, folder: Path | None = None, overrides: tuple[str, ...] = (), progress_bar: bool = False
+) -> pl.Trainer:
     """A Lightning Trainer; with `folder=None` one that only measures and writes nothing."""
     options = OmegaConf.to_container(config.trainer, resolve=True)
     if folder is None:
@@ -167,7 +173,7 @@ def build_trainer(config: DictConfig, folder: Path | None, progress_bar: bool) -
             "callbacks": [
                 *([Progress()] if progress_bar else []),
                 *(instantiate(callback) for callback in config.callbacks.values() if callback is not None),
-                HyperParameters(settings(config, COMPARED)),
+                HyperParameters(compared(config, overrides)),
             ],
             "logger": instantiate(config.logger)(save_dir=folder) if config.logger else False,
         }
@@ -176,8 +182,8 @@ def build_trainer(config: DictConfig, folder: Path | None, progress_bar: bool) -
     )
 
 
-def settings(config: DictConfig, groups: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """The config as flat dotted keys, of the named groups only or of all."""
+def settings(config: DictConfig) -> dict[str, Any]:
+    """The config as flat dotted keys."""
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -187,22 +193,18 @@ def settings(config: DictConfig, groups: tuple[str, ...] | None = None) -> dict[
         else:
             flat[prefix] = node
 
-    walk({k: v for k, v in OmegaConf.to_container(config).items() if groups is None or k in groups}, "")
+    walk(OmegaConf.to_container(config), "")
     return flat
 
 
-COMPARED = (
-    "data",
-    "network",
-    "likelihood",
-    "prior",
-    "posterior",
-    "objective",
-    "optimizer",
-    "lr_schedule",
-    "model",
-    "seed",
-)
+def compared(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings that runs are told apart by: what the command set, and the classes and numbers of any comparison."""
+    flat = settings(config)
+    classes = ("data.source", "network", "likelihood", "prior", "posterior", "objective")
+    set_by_command = {override.partition("=")[0].lstrip("+") for override in overrides}
+    names = {"model.latent_dim", "objective.beta", "optimizer.lr", "seed"} | set_by_command
+    chosen = {name: flat[name] for name in sorted(names) if name in flat}
+    return chosen | {c: str(flat[f"{c}._target_"]).rsplit(".", 1)[-1] for c in classes if f"{c}._target_" in flat}
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ def train(
         write_json(folder / "status.json", status)
         started = time.monotonic()
         try:
-            metrics, status["epochs"] = _fit_and_test(config, folder, checkpoint, progress_bar)
+            metrics, status["epochs"] = _fit_and_test(config, folder, overrides, checkpoint, progress_bar)
             status["state"] = "finished"
         except BaseException as error:
             status["state"] = "failed"
@@ -290,10 +292,10 @@ def discard(folder: Path) -> None:
 
 
 def _fit_and_test(
-    config: DictConfig, folder: Path, checkpoint: Path | None, progress_bar: bool
+    config: DictConfig, folder: Path, overrides: list[str], checkpoint: Path | None, progress_bar: bool
 ) -> tuple[dict[str, float], int]:
     data, module = build(config)
-    trainer = build_trainer(config, folder, progress_bar)
+    trainer = build_trainer(config, folder, tuple(overrides), progress_bar)
     if trainer.max_epochs == 0:
         raise VAEError("trainer.max_epochs=0 leaves nothing to train: ask for at least 1.")
     trainer.fit(module, data, ckpt_path=checkpoint)
@@ -404,11 +406,34 @@ def load(folder: Path, **changes: Any) -> tuple[DictConfig, ImageDataModule, VAE
 
 def evaluate(folder: Path, split: str = "test", **changes: Any) -> dict[str, float]:
     """The metrics of a finished run, recomputed from its best checkpoint; equal to those that training wrote."""
+    if split not in Splits._fields:
+        raise VAEError(f"split={split!r} is unknown: choose train, val or test.")
     config, data, module = load(folder, **changes)
-    trainer = build_trainer(config, None, progress_bar=False)
+    trainer = build_trainer(config)
     data.test_split = split
     trainer.test(module, data, verbose=False)
     return {f"{split}/{name.split('/', 1)[1]}": float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -> dict[str, float]:
+    """The measures that `options["measures"]` names, each with its own entry of `options` as keyword arguments.
+
+    Kept in evaluation-SPLIT.json, beside what earlier calls measured. Raises VAEError for a measure that does not exist.
+    """
+    known = {"likelihood": None, **MEASURES}
+    if unknown := [name for name in options["measures"] if name not in known]:
+        raise VAEError(f"measures={unknown} is unknown: choose from {', '.join(known)}.")
+    results = {}
+    if "likelihood" in options["measures"]:
+        results |= evaluate(folder, split, **changes)
+    if others := [name for name in options["measures"] if name != "likelihood"]:
+        _, data, module = load(folder, **changes)
+        for name in others:
+            found = MEASURES[name](module.vae, data, split, **options[name])
+            results |= {f"{split}/{name}/{key}": value for key, value in found.items()}
+    path = folder / f"evaluation-{split}.json"
+    write_json(path, {**_read_json(path), **results})
+    return results
 
 
 def environment() -> dict[str, Any]:

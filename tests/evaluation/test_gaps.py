@@ -21,7 +21,7 @@ def test_gaps_are_zero_at_the_exact_posterior():
 def test_what_a_wrong_encoder_loses_is_amortisation_and_equals_its_kl():
     exact = LinearGaussian()
     batch, vae = exact.batch(40), exact.vae(shift=0.4, stretch=1.5)
-    gaps = inference_gaps(vae, batch, exact.log_prob(batch.x), steps=600, elbo_samples=4000)
+    gaps = inference_gaps(vae, batch, exact.log_prob(batch.x), steps=400, elbo_samples=4000)
     right, wrong = exact.vae().encode(batch.x), vae.encode(batch.x)
     kl = torch.distributions.kl_divergence(*(torch.distributions.Normal(m, (0.5 * v).exp()) for m, v in (wrong, right)))
     expected = kl.sum(-1).mean().item()
@@ -39,7 +39,7 @@ def test_what_a_diagonal_gaussian_cannot_express_is_the_approximation_gap():
     exact = LinearGaussian()
     exact.weight = exact.weight @ torch.tensor([[1, 0.5, 0], [0, 1, 0.3], [0, 0, 1]], dtype=torch.float64)
     batch, vae = exact.batch(20), exact.vae()
-    gaps = inference_gaps(vae, batch, exact.log_prob(batch.x), steps=1000, elbo_samples=4000)
+    gaps = inference_gaps(vae, batch, exact.log_prob(batch.x), steps=500, elbo_samples=4000)
     precision = exact.weight.T @ exact.weight / exact.variance + torch.eye(3)
     expected = 0.5 * (precision.diagonal().log().sum() - torch.linalg.slogdet(precision).logabsdet).item()
     assert expected > 0.2
@@ -53,7 +53,7 @@ def test_the_local_posterior_of_a_flow_is_a_flow():
     extra = torch.full((7,), 0.1, dtype=torch.float64)
     vae.encoder.register_forward_hook(lambda _, inputs, out: torch.cat([out, extra.expand(len(out), -1)], 1))
     vae.posterior = flow
-    gaps = inference_gaps(vae, batch, exact.log_prob(batch.x), steps=500, elbo_samples=2000)
+    gaps = inference_gaps(vae, batch, exact.log_prob(batch.x), steps=200, elbo_samples=1000)
     assert gaps.summary()["amortisation_gap"] > 0.3
     assert abs(gaps.summary()["approximation_gap"]) < 0.05
 

@@ -93,7 +93,7 @@ def test_two_sets_of_one_distribution_score_as_theory_says():
     real, fake = normal(1500, 8, name="real"), normal(1500, 8, name="fake")
     density, coverage = density_coverage(real, fake, k=5)
     assert math.isclose(density, 1, abs_tol=0.1)
-    # Naeem et al., lemma 2: E coverage = 1 - (N - 1) .. (N - k) / ((2N - 1) .. (2N - k))
+    # Naeem et al. 2020: E coverage = 1 - (N - 1) .. (N - k) / ((2N - 1) .. (2N - k))
     expected = 1 - math.prod((1500 - i) / (3000 - i) for i in range(1, 6))
     assert math.isclose(coverage, expected, abs_tol=0.02)
 
@@ -115,11 +115,11 @@ def test_too_few_points_are_refused():
 def test_the_classifier_knows_digits_is_the_same_from_its_seed_and_is_kept(tiny, tmp_path):
     data, _ = build(tiny("data.limit=null"))
     train = training_batch(data, 20_000, seed=0)
-    classifier = trained_classifier(train, 0, tmp_path, steps=300)
-    assert classifier.accuracy(data, "test", 1000) > 0.9
+    classifier = trained_classifier(train, 0, tmp_path, steps=150)
+    assert classifier.accuracy(data, "test", 1000) > 0.85
     (kept,) = tmp_path.iterdir()
     written = kept.stat().st_mtime_ns
-    for again in (trained_classifier(train, 0, steps=300), trained_classifier(train, 0, tmp_path, steps=300)):
+    for again in (trained_classifier(train, 0, steps=150), trained_classifier(train, 0, tmp_path, steps=150)):
         assert all(torch.equal(a, b) for a, b in zip(classifier.parameters(), again.parameters(), strict=True))
     assert kept.stat().st_mtime_ns == written
     trained_classifier(train, seed=1, cache=tmp_path, steps=1)

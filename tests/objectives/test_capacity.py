@@ -122,7 +122,7 @@ def settle(objective, vae, steps=2500, lr=0.03):
         terms["loss"].backward()
         optimizer.step()
         decay.step()
-    return float(terms["rate"]), float(vae.squared_error())
+    return terms["rate"].item(), vae.squared_error().item()
 
 
 SPECTRUM = 5.0 * 0.6 ** torch.arange(12, dtype=torch.float64)

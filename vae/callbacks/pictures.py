@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -69,6 +70,7 @@ def kl_bars(kl: Tensor) -> Tensor:
     axes = figure.add_axes((0.12, 0.17, 0.85, 0.72))
     values = kl.sort(descending=True).values.cpu().numpy()
     axes.bar(np.arange(len(values)), values, color="#3b6ea8")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="latent dimension, by KL", ylabel="KL to the prior (nats)", title=f"rate {values.sum():.2f} nats")
     return draw(figure)
 
@@ -156,6 +158,9 @@ class Pictures(pl.Callback):
         if writer is not None:
             with torch.no_grad():
                 mean = module.vae.encode(examples.x, examples.y).mean
+            mean = torch.nn.functional.pad(
+                mean, (0, max(0, 3 - mean.shape[1]))
+            )  # the projector shows no fewer than three
             labels = examples.y.tolist() if examples.y is not None else None
             header = None
             if labels and isinstance(labels[0], list):

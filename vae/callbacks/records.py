@@ -39,14 +39,13 @@ class HyperParameters(pl.Callback):
     """Writes the run's settings and final test metrics to TensorBoard's HParams tab."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = {
-            name: value if isinstance(value, int | float | bool | str) else str(value)
-            for name, value in settings.items()
-        }
+        self.settings = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in settings.items()}
 
     def on_test_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         metrics = {
-            f"hp/{name}": float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")
+            name.replace("test/", "hparams/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("test/")
         }
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):

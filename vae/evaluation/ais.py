@@ -9,26 +9,24 @@ known; chains walked back from it give an unbiased estimate of 1 / p(x), hence a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vae.data.module import Batch
 from vae.errors import VAEError
 from vae.model import VAE
 from vae.seeding import generator
 
-if TYPE_CHECKING:
-    from vae.data.module import Batch
-
-SCHEDULE_DELTA = 4.0  # Wu et al. 2017: beta_t is a sigmoid between -4 and 4, rescaled to [0, 1]
-TARGET_ACCEPTANCE = 0.65  # optimal for HMC in high dimension (Neal 2011, section 4.3)
+SCHEDULE_DELTA = 4.0  # beta_t is a sigmoid between -4 and 4, rescaled to [0, 1], as in the code of Wu et al. 2017
+TARGET_ACCEPTANCE = 0.65  # optimal for HMC in high dimension (Neal 2011)
 FIRST_STEP = 0.5  # in units of the prior's scale, where the tuning pass begins
 ADAPTATION_RATE = 0.1  # of the log step size, times acceptance less its target
 
 
 def sigmoid_schedule(temperatures: int) -> Tensor:
-    """beta_0 = 0 < ... < beta_T = 1, (T + 1,), float64: dense at both ends. Wu et al. 2017, section 4."""
+    """beta_0 = 0 < ... < beta_T = 1, (T + 1,), float64: dense at both ends. Raises VAEError for none."""
     if temperatures < 1:
         raise VAEError(f"AIS needs at least one temperature, not {temperatures}.")
     t = torch.sigmoid(SCHEDULE_DELTA * torch.linspace(-1, 1, temperatures + 1, dtype=torch.float64))
@@ -208,8 +206,6 @@ def sandwich(
     The z that an image was decoded from is an exact sample of its posterior; from there the chains walk back to the
     prior. y: labels of the images, (n,), for a conditional model.
     """
-    from vae.data.module import Batch
-
     noise = generator(seed, "bdmc", device=next(vae.parameters()).device)
     betas = sigmoid_schedule(temperatures)
     z = vae.prior.sample(n, noise)

@@ -25,7 +25,7 @@ def elbo_decomposition(
     """The ELBO's parts in nats an image, over the N images of `batch`; N is in the keys, for the terms depend on it.
 
     distortion; index_code_mi = E[log q(z|x) - log q(z)], at most log N; marginal_kl = KL(q(z) || p(z)) (Hoffman &
-    Johnson 2016, equation 4). Where the prior factorises (the standard normal) that splits further (Chen et al. 2018,
+    Johnson 2016). Where the prior factorises (the standard normal) that splits further (Chen et al. 2018,
     equation 2) into total_correlation = KL(q(z) || prod_j q(z_j)) and dimension_wise_kl = sum_j KL(q(z_j) || p(z_j)).
     The terms are averages over one z an image, of the first `draws` images (all by default), and add up to
     `rate_sampled` exactly; `rate` is the mean KL of the same images, from which that differs by the noise of z alone.

@@ -23,8 +23,8 @@ from vae.model import VAE
 from vae.seeding import derive, generator
 
 FEATURES = 64
-PRECISION_NEIGHBOURS = 3  # Kynkaanniemi et al. 2019, section 4
-COVERAGE_NEIGHBOURS = 5  # Naeem et al. 2020, section 3.3
+PRECISION_NEIGHBOURS = 3  # Kynkaanniemi et al. 2019
+COVERAGE_NEIGHBOURS = 5  # Naeem et al. 2020
 MAX_ELEMENTS = 2**24  # of a block of pairwise distances held at a time
 
 

@@ -69,20 +69,23 @@ def pairwise_log_prob(posterior: DiagonalGaussian, z: Tensor) -> Tensor:
     return gaussian_log_prob(z[:, None], posterior.mean[None], posterior.log_var[None])
 
 
-def log_importance_weights(batch_size: int, dataset_size: int, sampling: str) -> Tensor:
+def log_importance_weights(
+    batch_size: int, dataset_size: int, sampling: str, device: torch.device | None = None
+) -> Tensor:
     """Log-weights (B, B) with which the posteriors of a batch of B estimate q(z) at each other's z; N = dataset_size.
 
-    weighted (Chen et al. 2018, equation 3): 1 / (N B) everywhere, the mean over the batch divided by N. The logs are
-    log N below that mean's, a constant that no gradient sees. Of the mean, z's own image has 1/B, of q(z) only 1/N.
+    weighted (Chen et al. 2018, equation 3): the mean over the batch, 1 / B everywhere. Theirs is 1 / (N B), whose logs
+    are lower by log N: a constant that no gradient sees, left out so that the loss stays on the ELBO's scale. Of the
+    mean, z's own image has 1/B, of q(z) only 1/N.
 
     stratified (Chen et al. 2018, appendix C): 1/N for z's own image, on the diagonal, and the rest, 1 - 1/N, for the
     others. They give (N - B + 1) / (N (B - 1)) to one of the others and 1 / (B - 1) to the rest; averaged over which
     one that is, each has (N - 1) / (N (B - 1)). So it is as unbiased, of less variance, and exact at B = N.
     """
     if sampling == "weighted":
-        return torch.full((batch_size, batch_size), -math.log(dataset_size * batch_size))
+        return torch.full((batch_size, batch_size), -math.log(batch_size), device=device)
     others = math.log((dataset_size - 1) / (dataset_size * (batch_size - 1))) if dataset_size > 1 < batch_size else 0.0
-    return torch.full((batch_size, batch_size), others).fill_diagonal_(-math.log(dataset_size))
+    return torch.full((batch_size, batch_size), others, device=device).fill_diagonal_(-math.log(dataset_size))
 
 
 class BetaTCVAE(Objective):
@@ -95,8 +98,8 @@ class BetaTCVAE(Objective):
     sampling: "weighted" or "stratified", see `log_importance_weights`; dataset_size: N. Needs a diagonal Gaussian
     posterior and a prior that factorises.
 
-    Terms: mutual_information, total_correlation, dimension_wise_kl, which add up to the rate; always by stratified
-    weights, which leave them the bias of a minibatch but not the constants of weighted ones.
+    Terms: mutual_information, total_correlation, dimension_wise_kl, which add up to the rate; by stratified weights
+    whatever the loss has, since in a small batch weighted ones find hardly any information or correlation.
     """
 
     def __init__(
@@ -145,7 +148,8 @@ class BetaTCVAE(Objective):
 
     def parts(self, log_q: Tensor, sampling: str) -> LogDensities:
         """What mutual information and total correlation are the means of, estimated with these importance weights."""
-        return log_densities(log_q, log_importance_weights(len(log_q), self.dataset_size, sampling).to(log_q))
+        weights = log_importance_weights(len(log_q), self.dataset_size, sampling, log_q.device)
+        return log_densities(log_q, weights)
 
 
 # --- the density ratio ------------------------------------------------------------------------------------------------
