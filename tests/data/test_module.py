@@ -91,7 +91,10 @@ def test_streamed_images_arrive_as_gathered_ones_do():
     gathered = list(BatchLoader(images, sampler, "train"))
     images.streaming = True
     streamed = list(BatchLoader(images, sampler, "train", num_workers=1))
-    assert all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and a.seed == b.seed for a, b in zip(gathered, streamed, strict=True))
+    for a, b in zip(gathered, streamed, strict=True):
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.y, b.y)
+        assert a.seed == b.seed
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_images_in_parts_are_each_estimated():
     exact = LinearGaussian()
     batch = exact.batch(9)
     estimate = log_likelihood_ais(exact.vae(), batch, temperatures=50, chains=8, leapfrogs=2, max_decodes=8 * 5)
-    torch.testing.assert_close(estimate, exact.log_prob(batch.x), rtol=0, atol=0.5)
+    torch.testing.assert_close(estimate, exact.log_prob(batch.x), rtol=0, atol=1.0)
 
 
 def test_the_schedule_is_a_sigmoid_from_zero_to_one():
