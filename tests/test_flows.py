@@ -4,11 +4,11 @@ import pytest
 import torch
 from test_priors import plane, randomised
 
+from vae.build import build
 from vae.errors import VAEError
 from vae.evaluation.likelihood import log_likelihood
 from vae.flows import MADE, AffineCoupling, IAFStep, InverseAutoregressiveFlow, PlanarFlow, PlanarStep
 from vae.gaussian import DiagonalGaussian
-from vae.run import build
 from vae.seeding import generator
 
 

@@ -5,13 +5,13 @@ import torch
 from test_priors import randomised
 from torch import nn
 
+from vae.build import build
 from vae.errors import VAEError
 from vae.evaluation.likelihood import ELBOTotals, log_likelihood
 from vae.gaussian import LOG_2PI, DiagonalGaussian
 from vae.hierarchical import BottomDecoder, TwoLayerPosterior, TwoLayerPrior
 from vae.likelihoods import Gaussian
 from vae.model import VAE
-from vae.run import build
 from vae.seeding import generator
 
 BURDA = ("network=burda", "posterior=two_layer", "prior=two_layer")

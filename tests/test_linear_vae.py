@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from vae.run import build
+from vae.build import build
 from vae.seeding import generator
 
 

@@ -5,10 +5,10 @@ import torch
 from linear_gaussian import LinearGaussian
 from torch import nn
 
+from vae.build import build
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
 from vae.priors import MixtureOfGaussians, RealNVP, StandardNormal, VampPrior
-from vae.run import build
 from vae.seeding import generator
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from vae.build import build
 from vae.cli import CONFIGS
 from vae.errors import VAEError
-from vae.run import build, continues, evaluate, resumed_config, train
+from vae.run import continues, evaluate, resumed_config, train
 
 
 def trained(config, folder, **options):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from linear_gaussian import LinearGaussian
 
+from vae.build import build
 from vae.errors import VAEError
 from vae.evaluation.ais import (
     TARGET_ACCEPTANCE,
@@ -19,7 +20,6 @@ from vae.evaluation.ais import (
 )
 from vae.evaluation.likelihood import log_likelihood
 from vae.priors import MixtureOfGaussians
-from vae.run import build
 from vae.seeding import generator
 
 

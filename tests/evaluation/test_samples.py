@@ -7,6 +7,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
+from vae.build import build
 from vae.errors import VAEError
 from vae.evaluation import samples
 from vae.evaluation.samples import (
@@ -21,7 +22,6 @@ from vae.evaluation.samples import (
     trained_classifier,
     training_batch,
 )
-from vae.run import build
 from vae.seeding import generator
 
 

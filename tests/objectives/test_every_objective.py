@@ -6,10 +6,10 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from vae.build import build
 from vae.cli import CONFIGS
 from vae.data.module import Batch
 from vae.errors import VAEError
-from vae.run import build
 from vae.seeding import generator
 
 OBJECTIVES = sorted(path.stem for path in (Path(CONFIGS) / "objective").glob("*.yaml"))

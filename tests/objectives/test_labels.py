@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from linear_gaussian import LinearGaussian
 from torch import nn
 
+from vae.build import build
 from vae.data.module import Batch
 from vae.errors import VAEError
 from vae.objectives.elbo import BetaVAE
 from vae.objectives.labels import CVAE, M2
-from vae.run import build
 from vae.seeding import generator
 
 EXACT, CLASSES = LinearGaussian(), 3

@@ -4,11 +4,11 @@ import pytest
 import torch
 from linear_gaussian import LinearGaussian
 
+from vae.build import build
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
 from vae.objectives.elbo import BetaVAE
 from vae.objectives.weak_pairs import AdaGVAE, share_dimensions
-from vae.run import build
 from vae.seeding import generator
 
 SPRITES = ["objective=ada_gvae", "data=sprites", "++data.source.size=16"]
