@@ -42,7 +42,7 @@ tensorboard: setup  ## open what was logged, on localhost; RUN=folder (default: 
 	$(BIN)/tensorboard --logdir '$(RUN)' --host 127.0.0.1
 
 test: setup  ## the everyday tests (under three minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: setup  ## all tests, slow ones included
 	$(BIN)/python -m pytest -m 'slow or not slow'

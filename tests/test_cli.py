@@ -72,11 +72,9 @@ def test_a_run_is_trained_evaluated_again_and_resumed_by_command(tmp_path):
     resumed = run("vae.train", "run=here", "resume=true", "trainer.max_epochs=2", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((tmp_path / "here" / "status.json").read_text())["epochs"] == 2
-    for wrong in (["run=nowhere"], ["run=here", "split=tset"]):
-        refused = run("vae.evaluate", *wrong, cwd=tmp_path)
-        assert refused.returncode == 1
-        assert refused.stderr.startswith("Error: ")
-        assert "Traceback" not in refused.stderr
+    refused = run("vae.evaluate", "run=here", "split=tset", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr == "Error: split='tset' is unknown: choose train, val or test.\n"
 
 
 def test_absent_data_is_told_in_a_sentence_with_where_and_how(tmp_path):
