@@ -96,6 +96,17 @@ def test_results_are_measured_once_and_judged_again_at_each_call(fake):
     assert read(experiment, "results.json") == record
 
 
+def test_lists_of_numbers_take_one_line_and_read_back_the_same(fake):
+    experiment, _, checkout = fake
+    edit(
+        experiment, 'return {"sum":', 'return {"curve": [[1, -2.5e-7], [float("inf"), 4]], "words": "[ 1,  2 ]", "sum":'
+    )
+    main([experiment.name, "--quick"], checkout)
+    assert read(experiment, "results.json")["results"]["curve"] == [[1, -2.5e-7], [float("inf"), 4]]
+    assert read(experiment, "results.json")["results"]["words"] == "[ 1,  2 ]"
+    assert "[1, -2.5e-07]" in (experiment.results_folder("quick") / "results.json").read_text()
+
+
 def test_a_failed_claim_is_exit_code_1_and_is_written_down(fake):
     experiment, _, checkout = fake
     assert main([experiment.name], checkout) == 1  # in the full form the sum is 21

@@ -112,6 +112,7 @@ def test_bad_settings_are_refused_in_a_sentence(override, sentence, tiny, tmp_pa
 def test_a_diverged_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
     # a learning rate that grows a thousandfold each epoch: the first epoch is harmless, a later one explodes
     config = tiny("trainer.max_epochs=9", "likelihood=gaussian_learned", "lr_schedule=exponential", "lr_schedule.gamma=1e6")
+    config.callbacks.interruptible.every_n_seconds = 0
     with pytest.raises(VAEError, match=r"stopped being finite at step \d+ .*learning rate .*beta 1"):
         train(config, tmp_path, [], progress_bar=False)
     status = json.loads((tmp_path / "status.json").read_text())

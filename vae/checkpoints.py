@@ -50,26 +50,30 @@ class CheckpointIO(TorchCheckpointIO):
 
 
 class Interruptible(pl.callbacks.Checkpoint):
-    """Saves checkpoints/last.ckpt after each validation, and in between every so many seconds or steps.
+    """Saves checkpoints/last.ckpt once `every_n_seconds` have passed or every `every_n_steps`, and when training ends.
 
-    A `Checkpoint`, so that Lightning calls it after the callback that keeps the best weights, whose state is saved too.
+    So much work is lost at most. A `Checkpoint`, so that Lightning calls it after the callback that keeps the best
+    weights, whose state is saved too.
     """
 
-    def __init__(self, every_n_seconds: float | None = 120, every_n_steps: int | None = None) -> None:
+    def __init__(self, every_n_seconds: float | None = 30, every_n_steps: int | None = None) -> None:
         self.every_n_seconds, self.every_n_steps = every_n_seconds, every_n_steps
         self._saved = time.monotonic()
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
-        self._saved = time.monotonic()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+    def _save_if_due(self, trainer: pl.Trainer, module: pl.LightningModule, ending: bool = False) -> None:
         due = self.every_n_steps is not None and module.steps % self.every_n_steps == 0
         due = due or (self.every_n_seconds is not None and time.monotonic() - self._saved >= self.every_n_seconds)
-        if due and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # validation follows that one at once
+        if due or ending:
             module.refuse_divergence()
-            self._save(trainer)
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+            self._saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # validation follows that one at once
+            self._save_if_due(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._save(trainer)
+            last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+            last_step = 0 <= trainer.max_steps <= trainer.global_step
+            self._save_if_due(trainer, module, ending=last_epoch or last_step or trainer.should_stop)

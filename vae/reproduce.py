@@ -39,7 +39,7 @@ import yaml
 
 from vae.cli import CONFIGS, sentences
 from vae.errors import VAEError
-from vae.files import write_atomically, write_json
+from vae.files import write_atomically, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -337,8 +337,18 @@ def _measured(experiment: Experiment, form: str, jobs: int, again: bool, console
         "settings": stamp,
         "results": results,
     }
-    write_json(path, record)
+    write_text(path, _compact(record))
     return json.loads(path.read_text())
+
+
+def _compact(value: Any) -> str:
+    """Indented JSON with each list of numbers on a line of its own, so that curves can be committed and compared."""
+    number = r"-?(?:[\d.eE+-]+|NaN|Infinity)"
+    return re.sub(
+        rf"\[\n\s+({number}(?:,\n\s+{number})*)\n\s*\]",
+        lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]",
+        json.dumps(value, indent=1) + "\n",
+    )
 
 
 def _surroundings() -> dict[str, Any]:

@@ -145,11 +145,14 @@ class Pictures(pl.Callback):
 
     def __init__(self, every_n_epochs: int = 10, points: int = 1000) -> None:
         self.every_n_epochs, self.points = every_n_epochs, points
+        self._drawn = 0  # epochs finished when pictures were last drawn
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
         epoch = trainer.current_epoch + 1
         last = epoch == trainer.max_epochs  # drawn when the run is tested
-        if trainer.state.fn == "fit" and epoch % self.every_n_epochs == 0 and not last:
+        due = epoch // self.every_n_epochs > self._drawn // self.every_n_epochs  # validation may skip the very epoch
+        if trainer.state.fn == "fit" and due and not last:
+            self._drawn = epoch
             self._draw(trainer, module)
 
     def on_test_end(self, trainer: pl.Trainer, module: VAEModule) -> None:

@@ -1,0 +1,391 @@
+"""Hinton, Vinyals & Dean 2015, section 3: what a net that generalises well knows can be passed on to a plain one.
+
+A teacher (784-1200-1200-10, dropout, jittered images) and plain students (784-800-800-10, no regularisation at all) on
+MNIST: students of the labels alone, students that also match the teacher's soft targets at temperature T, a student
+that never saw a 3, and one that saw nothing but 7s and 8s. Biases are repaired on the validation split.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae.data.images import Images
+from vae.data.sources import mnist
+from vae.objectives.distillation import Distillation
+from vae.reproduce import Claim, Context, Table, spread
+from vae.seeding import generator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAPER = 'Hinton, Vinyals & Dean 2015, "Distilling the knowledge in a neural network", section 3'
+CLAIM = "A teacher's soft targets make a plain student generalise almost as well as the teacher, even to a digit it never saw."
+
+# images: drawn from the 55,000 left for training, and used by teacher and students alike. The quick form takes so few
+# that the labels alone leave much to be learnt, which one seed can show.
+SHARED = {
+    "teacher": {"widths": [784, 1200, 1200, 10], "lr": 2e-3, "dropout": 0.25, "jitter": 2, "weight_decay": 0.05},
+    "student": {"widths": [784, 800, 800, 10], "lr": 2e-3},
+    "batch_size": 250,
+    "alpha": 0.9,  # the weight of the soft targets; the labels have the rest
+    "transfer_temperature": 20,
+    "validation": 5000,
+}
+SETTINGS = {
+    "quick": {**SHARED, "seeds": [0], "images": 12_000, "epochs": [20, 20], "temperatures": [4, 20]},
+    "full": {**SHARED, "seeds": [0, 1, 2], "images": 55_000, "epochs": [20, 12], "temperatures": [1, 2, 4, 8, 20]},
+}
+HARD = "labels alone"
+PARTIAL = {"no 3s": [3], "7s and 8s alone": [7, 8]}  # transfer sets that lack classes: whose bias the repair moves
+BIASES = [round(-12 + 0.05 * i, 2) for i in range(481)]
+
+
+# --- networks and their training ------------------------------------------------------------------------------------
+
+
+class ReLUNet(nn.Module):
+    """Fully connected, He et al. 2015 initial weights from `noise`, biases 0. Pixels in [0, 1] (B, 784) -> logits."""
+
+    def __init__(self, widths: list[int], noise: torch.Generator, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, n, m) for n, m in pairwise(widths))
+        self.dropout = dropout
+        for layer in self.layers:
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=noise)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        """With `noise`, hidden units are dropped and the rest scaled up; without it, none are."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu(layer(x))
+            if noise is not None and self.dropout:
+                x = x * (torch.rand(x.shape, generator=noise) >= self.dropout) / (1 - self.dropout)
+        return last(x)
+
+
+def shifted(padded: Tensor, most: int, noise: torch.Generator) -> Tensor:
+    """Each image of (B, 32, 32), which is 28 x 28 with 2 pixels around it, moved by -most to most pixels: (B, 784)."""
+    by = 2 + torch.randint(-most, most + 1, (2, len(padded), 1, 1), generator=noise)
+    grid = torch.arange(28)
+    place = (by[0] + grid[:, None]) * 32 + by[1] + grid
+    return padded.flatten(1).gather(1, place.flatten(1))
+
+
+def fit(
+    net: ReLUNet,
+    x: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    noise: torch.Generator,
+    jitter: int = 0,
+    weight_decay: float = 0.0,
+) -> ReLUNet:
+    """Adam, lr rising over the first 15% of the steps and then falling along a cosine. loss(logits, index of images)."""
+    padded = F.pad(x.view(-1, 28, 28), (2, 2, 2, 2))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    batches = len(x) // batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * batches, pct_start=0.15)
+    for _ in range(epochs):
+        for index in torch.randperm(len(x), generator=noise)[: batches * batch_size].split(batch_size):
+            pixels = shifted(padded[index], jitter, noise) if jitter else x[index]
+            optimizer.zero_grad()
+            loss(net(pixels / 255, noise), index).backward()
+            optimizer.step()
+            schedule.step()
+    return net
+
+
+@torch.no_grad()
+def logits_of(net: ReLUNet, x: Tensor) -> Tensor:
+    """(N, 10) of uint8 images (N, 784)."""
+    return torch.cat([net(part / 255) for part in x.split(1000)])
+
+
+def errors(logits: Tensor, y: Tensor) -> int:
+    return int((logits.argmax(-1) != y).sum())
+
+
+# --- one teacher, one student: each a piece that runs in a process of its own ---------------------------------------
+
+
+def images(settings: dict[str, Any], seed: int) -> tuple[Images, Images, Images]:
+    """Train (as many as the settings say, drawn by seed), validation (the same for all seeds), test; flat."""
+    splits = mnist(os.environ.get("VAE_DATA_DIR", "data"), settings["validation"])
+    index = torch.randperm(len(splits.train), generator=generator(seed, "images"))[: settings["images"]]
+    return splits.train.subset(index), splits.val, splits.test
+
+
+def train_teacher(settings: dict[str, Any], seed: int, path: Path) -> dict[str, Any]:
+    """Errors, and the mean soft targets of the test 3s; its logits of the training images go to `path`."""
+    torch.set_num_threads(1)
+    train, val, test = images(settings, seed)
+    own, noise = dict(settings["teacher"]), generator(seed, "teacher")
+    net = ReLUNet(own.pop("widths"), noise, own.pop("dropout"))
+    x, y = train.x.flatten(1), train.y
+    fit(
+        net,
+        x,
+        lambda logits, index: F.cross_entropy(logits, y[index]),
+        epochs=settings["epochs"][0],
+        batch_size=settings["batch_size"],
+        noise=noise,
+        **own,
+    )
+    torch.save(logits_of(net, x), path)
+    of_test = logits_of(net, test.x.flatten(1))
+    return {
+        "seed": seed,
+        "validation": errors(logits_of(net, val.x.flatten(1)), val.y),
+        "test": errors(of_test, test.y),
+        "targets_of_3": {t: torch.softmax(of_test[test.y == 3] / t, -1).mean(0).tolist() for t in (1, 4, 20)},
+    }
+
+
+def train_student(
+    settings: dict[str, Any], seed: int, teacher: Path, temperature: float | None, transfer: str | None = None
+) -> dict[str, Any]:
+    """Errors of a student of the labels alone (no temperature) or also of the teacher's soft targets.
+
+    transfer: a key of PARTIAL, whose classes' biases are then repaired; all classes if not given.
+    """
+    torch.set_num_threads(1)
+    train, val, test = images(settings, seed)
+    # every student of a seed begins with the same weights and sees the same batches, so that they compare in pairs
+    own, noise = dict(settings["student"]), generator(seed, "student")
+    net = ReLUNet(own.pop("widths"), noise)
+    keep = torch.ones_like(train.y, dtype=torch.bool)
+    if transfer == "no 3s":
+        keep = train.y != 3
+    elif transfer is not None:
+        keep = torch.isin(train.y, torch.tensor(PARTIAL[transfer]))
+    x, y = train.x.flatten(1)[keep], train.y[keep]
+    if temperature is None:
+
+        def loss(logits: Tensor, index: Tensor) -> Tensor:
+            return F.cross_entropy(logits, y[index])
+
+    else:
+        targets, objective = torch.load(teacher)[keep], Distillation(temperature, settings["alpha"])
+
+        def loss(logits: Tensor, index: Tensor) -> Tensor:
+            return objective(student_logits=logits, teacher_logits=targets[index], labels=y[index])["loss"]
+
+    fit(net, x, loss, epochs=settings["epochs"][1], batch_size=settings["batch_size"], noise=noise, **own)
+    of_val, of_test = logits_of(net, val.x.flatten(1)), logits_of(net, test.x.flatten(1))
+    result = {"seed": seed, "validation": errors(of_val, val.y), "test": errors(of_test, test.y)}
+    return result if transfer is None else {**result, **repair(of_val, val.y, of_test, test.y, PARTIAL[transfer])}
+
+
+def repair(of_val: Tensor, val_y: Tensor, of_test: Tensor, test_y: Tensor, classes: list[int]) -> dict[str, Any]:
+    """Errors on the test split before and after one bias is added to the logits of `classes`.
+
+    The bias is the one of BIASES with the fewest errors on the validation split, the median of those that tie.
+    """
+    move = torch.zeros(10)
+    move[classes] = 1.0
+    of_bias = [errors(of_val + bias * move, val_y) for bias in BIASES]
+    bias = median(b for b, n in zip(BIASES, of_bias, strict=True) if n == min(of_bias))
+    on = torch.isin(test_y, torch.tensor(classes))
+
+    def on_classes(bias: float) -> int:
+        return errors((of_test + bias * move)[on], test_y[on])
+
+    shown = BIASES[::5]
+    return {
+        "bias": bias,
+        "repaired": errors(of_test + bias * move, test_y),
+        "of_classes": int(on.sum()),
+        "on_classes": on_classes(0.0),
+        "repaired_on_classes": on_classes(bias),
+        "curve": {
+            "bias": shown,
+            "validation": of_bias[::5],
+            "test": [errors(of_test + b * move, test_y) for b in shown],
+            "on_classes": [on_classes(b) for b in shown],
+        },
+    }
+
+
+# --- the protocol ---------------------------------------------------------------------------------------------------
+
+
+def side_by_side(context: Context, pieces: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """context.cached of every {name: (function, *arguments)}, context.jobs of them at once, in processes of their own."""
+    spawn = multiprocessing.get_context("spawn")  # a forked torch may hang
+    with ProcessPoolExecutor(context.jobs, spawn) as processes, ThreadPoolExecutor(context.jobs) as threads:
+        waiting = {
+            name: threads.submit(context.cached, name, lambda call=call: processes.submit(*call).result())
+            for name, call in pieces.items()
+        }
+        return {name: piece.result() for name, piece in waiting.items()}
+
+
+def measure(context: Context) -> dict[str, Any]:
+    """Teachers and students of the labels first, which need no teacher; then all that learn from one."""
+    settings, seeds = context.settings, context.settings["seeds"]
+    teachers = {seed: context.folder / f"teacher,seed={seed}.pt" for seed in seeds}
+
+    def student(seed: int, temperature: float | None, transfer: str | None = None) -> tuple[Any, ...]:
+        return train_student, settings, seed, teachers[seed], temperature, transfer
+
+    first = {f"teacher,seed={seed}": (train_teacher, settings, seed, teachers[seed]) for seed in seeds}
+    first |= {f"labels,seed={seed}": student(seed, None) for seed in seeds}
+    found = side_by_side(context, first)
+    second = {f"T={t},seed={seed}": student(seed, t) for t in reversed(settings["temperatures"]) for seed in seeds}
+    second |= {
+        f"{transfer.replace(' ', '_')},seed={seed}": student(seed, settings["transfer_temperature"], transfer)
+        for transfer in PARTIAL
+        for seed in seeds
+    }
+    found |= side_by_side(context, second)
+
+    def of(name: str) -> list[Any]:
+        return [found[f"{name},seed={seed}"] for seed in seeds]
+
+    return {
+        "teacher": of("teacher"),
+        HARD: of("labels"),
+        "soft": {str(t): of(f"T={t}") for t in settings["temperatures"]},
+        **{transfer: of(transfer.replace(" ", "_")) for transfer in PARTIAL},
+    }
+
+
+# --- what the results say -------------------------------------------------------------------------------------------
+
+
+def mean(runs: list[dict[str, Any]], key: str = "test") -> float:
+    return fmean(run[key] for run in runs)
+
+
+def claims(results: dict[str, Any]) -> list[Claim]:
+    """Errors are means over seeds, of the 10,000 test images."""
+    teacher, hard, soft = mean(results["teacher"]), mean(results[HARD]), mean(results["soft"]["20"])
+    no3, few = results["no 3s"], results["7s and 8s alone"]
+    right = 1 - mean(no3, "repaired_on_classes") / mean(no3, "of_classes")
+    before, after = mean(no3, "on_classes"), mean(no3, "repaired_on_classes")
+    held = [
+        Claim(
+            "teacher < distilled (T = 20) < labels alone",
+            teacher < soft < hard,
+            f"{teacher:.1f} < {soft:.1f} < {hard:.1f} errors",
+            "in this order (paper: 67 < 74 < 146)",
+        ),
+        Claim(
+            "soft targets at T = 20 save errors",
+            hard - soft >= 8,
+            f"{hard - soft:.1f} errors fewer",
+            "at least 8 (paper: 72)",
+        ),
+        Claim(
+            "a student that never saw a 3 knows it, once its bias is repaired",
+            right >= 0.95,
+            f"{100 * right:.1f}% of the 3s right",
+            "at least 95% (paper: 98.6%)",
+        ),
+        Claim(
+            "most of its errors on 3s were the bias",
+            before >= 3 * after,
+            f"{before:.1f} to {after:.1f} errors on 3s",
+            "a third or fewer are left (paper: 133 to 14)",
+        ),
+        Claim(
+            "so were those of a student of 7s and 8s alone",
+            mean(few, "repaired") <= mean(few) / 2,
+            f"{mean(few) / 100:.1f}% to {mean(few, 'repaired') / 100:.1f}% errors",
+            "half or fewer are left (paper: 47.3% to 13.2%)",
+        ),
+    ]
+    if "8" in results["soft"]:
+        apart = abs(mean(results["soft"]["8"]) - soft)
+        held.append(
+            Claim("temperatures of 8 and above are alike", apart <= 10, f"{apart:.1f} errors apart", "at most 10")
+        )
+    return held
+
+
+def table(results: dict[str, Any]) -> Table:
+    def row(name: str, paper: str, others: str, runs: list[dict[str, Any]], key: str = "test") -> tuple[str, ...]:
+        return name, paper, others, spread((run[key] for run in runs), 1)
+
+    no3, few = results["no 3s"], results["7s and 8s alone"]
+    rows = [
+        row("teacher 1200-1200", "67", "", results["teacher"]),
+        row("student 800-800, labels alone", "146", "", results[HARD]),
+        *(
+            row(f"student, soft targets at T = {t}", "74" if t == "20" else "", "", runs)
+            for t, runs in results["soft"].items()
+        ),
+        row("no 3s in the transfer set", "206", "", no3),
+        row("... of these on the 1,010 3s", "133", "", no3, "on_classes"),
+        row("... bias of the 3s moved by", "+3.5", "", no3, "bias"),
+        row("... errors then", "109", "", no3, "repaired"),
+        row("... of these on the 1,010 3s", "14", "22", no3, "repaired_on_classes"),
+        row("7s and 8s alone in the transfer set", "4730", "", few),
+        row("... biases of both moved by", "-7.6", "", few, "bias"),
+        row("... errors then", "1320", "", few, "repaired"),
+    ]
+    return Table(("errors on 10,000 test images", "paper", "others", "ours"), rows, "Mean and sd over seeds")
+
+
+def figure(results: dict[str, Any]) -> Figure:
+    import matplotlib.pyplot as plt
+
+    picture, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), width_ratios=[1.15, 1.15, 1])
+    temperatures = [int(t) for t in results["soft"]]
+    place = range(len(temperatures))
+    for name, runs, colour in (("labels alone", results[HARD], "C1"), ("teacher", results["teacher"], "C2")):
+        left.axhline(mean(runs), color=colour)
+        left.text(len(place) - 0.55, mean(runs), name, color=colour, ha="right", va="bottom")
+        if len(runs) > 1:
+            seeds = [run["test"] for run in runs]
+            left.axhspan(min(seeds), max(seeds), color=colour, alpha=0.12, lw=0)
+    left.plot(place, [mean(runs) for runs in results["soft"].values()], color="C0", marker="o", label="mean")
+    if len(results["teacher"]) > 1:
+        for i, runs in zip(place, results["soft"].values(), strict=True):
+            left.plot([i] * len(runs), [run["test"] for run in runs], ".", color="C0", alpha=0.45, mew=0)
+    left.text(
+        place[-1], mean(results["soft"][str(temperatures[-1])]), "soft targets ", color="C0", ha="right", va="bottom"
+    )
+    left.set_xticks(place, temperatures)
+    left.set(
+        xlim=(-0.5, len(place) - 0.5),
+        xlabel="temperature T",
+        ylabel="errors of 10,000",
+        title="Students' test errors",
+    )
+
+    width = 0.27
+    for i, (t, colour) in enumerate((("1", "C1"), ("4", "C4"), ("20", "C0"))):
+        targets = [fmean(run["targets_of_3"][t][digit] for run in results["teacher"]) for digit in range(10)]
+        middle.bar([d + (i - 1) * width for d in range(10)], targets, width, color=colour, label=f"T = {t}", bottom=0)
+    middle.set(yscale="log", xlabel="class", ylabel="mean probability", title="What the teacher says of a 3")
+    middle.set_xticks(range(10))
+    middle.legend(loc="upper right")
+
+    for number, run in enumerate(results["no 3s"]):
+        curve, first = run["curve"], number == 0
+        right.plot(curve["bias"], curve["test"], color="C0", alpha=0.8, label="all test images" if first else None)
+        right.plot(curve["bias"], curve["on_classes"], color="C1", alpha=0.8, label="the 1,010 3s" if first else None)
+        label = "chosen on validation" if first else None
+        right.plot(run["bias"], run["repaired"], "o", color="C0", label=label)
+        right.plot(run["bias"], run["repaired_on_classes"], "o", color="C1")
+    right.axvline(0, color="#667080", lw=0.8)
+    top = 1.6 * max(run["test"] for run in results["no 3s"])
+    right.set(xlim=(-1, 6), ylim=(0, top), xlabel="added to the bias of the 3s", ylabel="errors", title="Never saw a 3")
+    right.legend(loc="upper center")
+    return picture
