@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from vae.data.module import Batch
 from vae.errors import VAEError
-from vae.evaluation.likelihood import ELBOTotals, log_likelihood
+from vae.evaluation.likelihood import ELBOTotals, bits_per_dim, log_likelihood
 from vae.model import VAE
 from vae.objectives.elbo import Objective
 from vae.seeding import generator
@@ -77,8 +78,17 @@ class VAEModule(pl.LightningModule):
     def _log_window(self) -> None:
         self.refuse_divergence()
         self._end_part()
-        self.log_dict({f"train/{name}": value for name, value in self._since_log.compute().items()})
+        self.log_dict(self._training_terms(self._since_log))
         self._since_log = Means()
+
+    def _training_terms(self, means: Means) -> dict[str, Tensor]:
+        terms = means.compute()
+        terms["bits_per_dim"] = bits_per_dim(terms["elbo"], math.prod(self.trainer.datamodule.image_shape))
+        return {f"train/{name}": value for name, value in terms.items()}
+
+    def epoch_terms(self) -> dict[str, float]:
+        """Means of the training terms over the last epoch."""
+        return {name: float(value) for name, value in self._training_terms(self.epoch_means).items()}
 
     def _end_part(self) -> None:
         self.epoch_means.merge(self._open)

@@ -189,7 +189,7 @@ def _fit_and_test(
     trainer.fit(module, data, ckpt_path=checkpoint)
     if trainer.interrupted:
         raise KeyboardInterrupt
-    metrics = {f"train/{name}": float(value) for name, value in module.epoch_means.compute().items()}
+    metrics = module.epoch_terms()
     for callback in trainer.callbacks:
         metrics.update(getattr(callback, "metrics", {}))
     metrics.update(_floats(trainer.callback_metrics, "val/"))

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 ACTIVE_UNIT_THRESHOLD = 1e-2  # Burda et al. 2016, section 5: Cov_x(E_q[z|x]) > 10^-2
 
 
+def bits_per_dim(elbo: float | Tensor, pixels: int) -> float | Tensor:
+    """-elbo / (pixels * ln 2), for an ELBO in nats an image of so many sub-pixels."""
+    return -elbo / (pixels * math.log(2))
+
+
 class ELBOTotals:
     """Running sums of ELBO terms over batches; `compute` gives the means over all images seen, in nats an image.
 
@@ -52,7 +57,7 @@ class ELBOTotals:
             "elbo": -(distortion + rate),
             "distortion": distortion,
             "rate": rate,
-            "bits_per_dim": (distortion + rate) / (self.pixels * math.log(2)),
+            "bits_per_dim": bits_per_dim(-(distortion + rate), self.pixels),
             "active_units": float((variance > ACTIVE_UNIT_THRESHOLD).sum()),
         }
 
