@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ["data.limit=64", "data.batch_size=32", "trainer.max_epochs=1", "evaluation.nll_samples=5", "network.hidden=[16]"]
+SMALL = [
+    "data.limit=64",
+    "data.batch_size=32",
+    "trainer.max_epochs=1",
+    "evaluation.nll_samples=5",
+    "network.hidden=[16]",
+]
 SMALL += ["callbacks=minimal", "threads=1", "trainer.accelerator=cpu"]
 
 
@@ -78,7 +84,13 @@ def test_a_run_is_trained_evaluated_again_and_resumed_by_command(tmp_path):
 
 
 def test_absent_data_is_told_in_a_sentence_with_where_and_how(tmp_path):
-    done = run("vae.train", "data=frey_faces", cwd=tmp_path, VAE_DATA_DIR=str(tmp_path / "none"), http_proxy="http://127.0.0.1:9")
+    done = run(
+        "vae.train",
+        "data=frey_faces",
+        cwd=tmp_path,
+        VAE_DATA_DIR=str(tmp_path / "none"),
+        http_proxy="http://127.0.0.1:9",
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("Error: ")
     assert str(tmp_path / "none") in done.stderr
@@ -93,7 +105,9 @@ def test_parallel_jobs_give_the_same_metrics_as_one_after_another(tmp_path):
         assert done.returncode == 0, done.stderr
     for folder in sorted(Path(tmp_path / "one").glob("seed=*")):
         one, many = (json.loads((tmp_path / n / folder.name / "metrics.json").read_text()) for n in ("one", "many"))
-        assert {k: v for k, v in one.items() if "seconds" not in k} == {k: v for k, v in many.items() if "seconds" not in k}
+        assert {k: v for k, v in one.items() if "seconds" not in k} == {
+            k: v for k, v in many.items() if "seconds" not in k
+        }
 
 
 @pytest.mark.slow
@@ -101,8 +115,19 @@ def test_runs_killed_at_random_steps_and_resumed_end_bit_identical(tmp_path):
     import random
     import time
 
-    settings = ["data.batch_size=16", "trainer.max_epochs=40", "evaluation.nll_samples=5", "threads=1", "callbacks=minimal"]
-    settings += ["callbacks.interruptible.every_n_steps=7", "data.limit=320", "trainer.accelerator=cpu", "progress_bar=false"]
+    settings = [
+        "data.batch_size=16",
+        "trainer.max_epochs=40",
+        "evaluation.nll_samples=5",
+        "threads=1",
+        "callbacks=minimal",
+    ]
+    settings += [
+        "callbacks.interruptible.every_n_steps=7",
+        "data.limit=320",
+        "trainer.accelerator=cpu",
+        "progress_bar=false",
+    ]
     assert run("vae.train", *settings, "run=whole", cwd=tmp_path).returncode == 0
     whole = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     pick, kills = random.Random(0), 0
@@ -111,7 +136,9 @@ def test_runs_killed_at_random_steps_and_resumed_end_bit_identical(tmp_path):
         if attempt:  # then the folder holds the config
             command = [*command[:3], "run=cut", "resume=true"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
         before = last.stat().st_mtime_ns if last.is_file() else 0
         while process.poll() is None and not (last.is_file() and last.stat().st_mtime_ns > before):
@@ -125,4 +152,6 @@ def test_runs_killed_at_random_steps_and_resumed_end_bit_identical(tmp_path):
             break
     cut = json.loads((tmp_path / "cut" / "metrics.json").read_text())
     assert kills >= 10
-    assert {k: v for k, v in cut.items() if "seconds" not in k} == {k: v for k, v in whole.items() if "seconds" not in k}
+    assert {k: v for k, v in cut.items() if "seconds" not in k} == {
+        k: v for k, v in whole.items() if "seconds" not in k
+    }

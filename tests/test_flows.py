@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from fitting import fit
 from test_priors import plane, randomised
 
 from vae.build import build
@@ -130,15 +131,7 @@ def test_flows_train_from_their_config_with_the_rate_estimated(tiny, posterior):
     vae, batch = module.vae, data.examples("train", 64)
     out = vae(batch.x, generator("z"))
     torch.testing.assert_close(out.rate, out.posterior.log_prob(out.z) - vae.prior.log_prob(out.z))
-    elbos = []
-    optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
-    for step in range(60):
-        out = vae(batch.x, generator("step", step))
-        loss = (out.distortion + out.rate).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        elbos.append(-loss.item())
+    elbos = fit(vae, batch, steps=60, lr=5e-3)
     assert sum(elbos[-10:]) / 10 > sum(elbos[:10]) / 10 + 0.2
     bounds = [log_likelihood(vae, batch, k).mean().item() for k in (1, 50)]
     assert bounds[0] < bounds[1]

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from fitting import fit
 from test_priors import randomised
 from torch import nn
 
@@ -106,16 +107,8 @@ def test_burdas_two_layers_come_from_config_and_every_measure_serves_them(tiny):
 def test_two_layers_learn(tiny):
     data, module = build(tiny(*BURDA, "model.latent_dim=10", "posterior.top_dim=5", "prior.top_dim=5"))
     vae, batch = module.vae, data.examples("train", 64)
-    elbos = []
-    optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
-    for step in range(60):
-        out = vae(batch.x, generator("step", step))
-        loss = (out.distortion + out.rate).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None for p in vae.parameters())
-        optimizer.step()
-        elbos.append(-loss.item())
+    elbos = fit(vae, batch, steps=60, lr=5e-3)
+    assert all(p.grad is not None for p in vae.parameters())
     assert sum(elbos[-10:]) / 10 > sum(elbos[:10]) / 10 + 0.2
 
 

@@ -22,7 +22,13 @@ def ppca(x, latent_dim):
 
 def test_elbo_of_linear_vae_reaches_the_ppca_likelihood_on_digits(tiny):
     data, module = build(
-        tiny("network=linear", "likelihood=gaussian_learned", "likelihood.sigma=0.3", "model.latent_dim=4", "data.limit=null")
+        tiny(
+            "network=linear",
+            "likelihood=gaussian_learned",
+            "likelihood.sigma=0.3",
+            "model.latent_dim=4",
+            "data.limit=null",
+        )
     )
     images = data.splits_ready().train
     batch = data.prepare(next(iter(data.train_dataloader()))._replace(x=images.x, y=None), training=True)

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from fitting import fit
 from linear_gaussian import LinearGaussian
 from torch import nn
 
@@ -117,15 +118,7 @@ def test_each_prior_trains_from_its_config(tiny, prior):
     data, module = build(tiny(f"prior={prior}"))
     vae, batch = module.vae, data.examples("train", 64)
     own = [p for name, p in vae.named_parameters() if name.startswith("prior.")]
-    elbos = []
-    optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
-    for step in range(60):
-        out = vae(batch.x, generator("step", step))
-        loss = (out.distortion + out.rate).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        elbos.append(-loss.item())
+    elbos = fit(vae, batch, steps=60, lr=5e-3)
     assert all(p.grad.abs().sum() > 0 for p in own)
     assert sum(elbos[-10:]) / 10 > sum(elbos[:10]) / 10 + 0.2
 

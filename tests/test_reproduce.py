@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vae.errors import VAEError
-from vae.reproduce import Context, Experiment, Table, main, names, spread
+from vae.reproduce import Context, Experiment, Table, main, markdown, names, spread
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 NUMBERS = itertools.count()
@@ -175,6 +175,22 @@ def test_markdown_is_for_a_readme(fake, capsys):
     assert "| pass | sum | 3 | 3 |" in out
 
 
+def test_the_readme_shows_the_results_between_its_marks(fake, capsys):
+    experiment, _, checkout = fake
+    readme = checkout / "experiments" / experiment.name / "README.md"
+    readme.write_text(
+        "before\n<!-- quick -->\nan old number\n<!-- /quick -->\nafter\n<!-- full -->\nnot run\n<!-- /full -->\n"
+    )
+    main([experiment.name, "--quick"], checkout)
+    text = readme.read_text()
+    assert "| sum | 3 | 3 |" in text and "an old number" not in text
+    assert text.startswith("before\n<!-- quick -->") and text.endswith(
+        "after\n<!-- full -->\nnot run\n<!-- /full -->\n"
+    )
+    main([experiment.name, "--quick"], checkout)
+    assert readme.read_text() == text
+
+
 def test_a_run_is_trained_once_and_is_the_same_however_many_are_side_by_side(tmp_path):
     tiny = ["data.limit=64", "data.batch_size=32", "trainer.max_epochs=1", "evaluation.nll_samples=0"]
     tiny += ["callbacks=minimal", "logger=none", "network.hidden=[4]", "model.latent_dim=2", "trainer.accelerator=cpu"]
@@ -241,6 +257,9 @@ def test_committed_verdicts_are_those_of_the_committed_results(name, form):
     verdicts = json.loads((folder / "verdicts.json").read_text())["claims"]
     assert [(c.name, c.holds, c.measured) for c in claims] == [(v["name"], v["holds"], v["measured"]) for v in verdicts]
     assert record["settings"] == experiment.settings(form), "the settings have changed since: run it again"
+    readme = CHECKOUT / "experiments" / name / "README.md"
+    if readme.is_file() and f"<!-- {form} -->" in readme.read_text():
+        assert markdown(experiment, form) in readme.read_text()
 
 
 @pytest.mark.slow

@@ -26,10 +26,14 @@ def without_times(metrics):
 
 
 def test_same_seed_gives_bit_identical_metrics_and_weights_and_another_seed_does_not(tiny, tmp_path):
-    metrics = [trained(tiny(f"seed={seed}", "data.binarize=dynamic"), tmp_path / str(i)) for i, seed in enumerate((0, 0, 1))]
+    metrics = [
+        trained(tiny(f"seed={seed}", "data.binarize=dynamic"), tmp_path / str(i)) for i, seed in enumerate((0, 0, 1))
+    ]
     assert without_times(metrics[0]) == without_times(metrics[1])
     assert metrics[0]["test/elbo"] != metrics[2]["test/elbo"]
-    weights = [torch.load(tmp_path / str(i) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for i in (0, 1)]
+    weights = [
+        torch.load(tmp_path / str(i) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for i in (0, 1)
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -51,8 +55,12 @@ def test_evaluating_a_run_again_gives_the_numbers_that_training_wrote(tiny, tmp_
 def test_metrics_keep_their_definitions(tiny, tmp_path):
     metrics = trained(tiny("objective.beta=4"), tmp_path)
     for split in ("train", "val", "test"):
-        assert math.isclose(metrics[f"{split}/elbo"], -metrics[f"{split}/distortion"] - metrics[f"{split}/rate"], rel_tol=1e-5)
-        assert math.isclose(metrics[f"{split}/bits_per_dim"], -metrics[f"{split}/elbo"] / 64 / math.log(2), rel_tol=1e-5)
+        assert math.isclose(
+            metrics[f"{split}/elbo"], -metrics[f"{split}/distortion"] - metrics[f"{split}/rate"], rel_tol=1e-5
+        )
+        assert math.isclose(
+            metrics[f"{split}/bits_per_dim"], -metrics[f"{split}/elbo"] / 64 / math.log(2), rel_tol=1e-5
+        )
     assert math.isclose(metrics["val/loss"], metrics["val/distortion"] + 4 * metrics["val/rate"], rel_tol=1e-5)
     assert -metrics["test/nll_iw5"] > metrics["test/elbo"]
 
@@ -111,7 +119,9 @@ def test_bad_settings_are_refused_in_a_sentence(override, sentence, tiny, tmp_pa
 
 def test_a_diverged_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
     # a learning rate that grows a thousandfold each epoch: the first epoch is harmless, a later one explodes
-    config = tiny("trainer.max_epochs=9", "likelihood=gaussian_learned", "lr_schedule=exponential", "lr_schedule.gamma=1e6")
+    config = tiny(
+        "trainer.max_epochs=9", "likelihood=gaussian_learned", "lr_schedule=exponential", "lr_schedule.gamma=1e6"
+    )
     config.callbacks.interruptible.every_n_seconds = 0
     with pytest.raises(VAEError, match=r"stopped being finite at step \d+ .*learning rate .*beta 1"):
         train(config, tmp_path, [], progress_bar=False)
@@ -179,7 +189,12 @@ class Killed(Exception):
 def test_a_run_stopped_at_any_step_and_resumed_ends_bit_identical(stop_at, tiny, tmp_path, monkeypatch):
     from vae.module import VAEModule
 
-    schedule = ["objective/schedule=linear", "objective.schedule.steps=7", "lr_schedule=cosine", "data.binarize=dynamic"]
+    schedule = [
+        "objective/schedule=linear",
+        "objective.schedule.steps=7",
+        "lr_schedule=cosine",
+        "data.binarize=dynamic",
+    ]
     config = tiny(*schedule, "trainer.max_epochs=3", "data.batch_size=16", "callbacks.interruptible.every_n_steps=1")
     whole = trained(config, tmp_path / "whole")
     step = VAEModule.training_step

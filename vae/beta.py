@@ -73,25 +73,19 @@ class Linear(Schedule):
         _require_not_negative(start=start, end=end)
         self._hold(steps=steps, start=start, end=end)
 
-    def forward(self, step: float) -> Tensor:
-        return torch.lerp(self.start, self.end, (step / self.steps).clamp(0.0, 1.0))
-
-
-class Cosine(Schedule):
-    """From `start` at step 0 to `end` at step `steps` along half a cosine, `end` afterwards.
-
-    Raises VAEError unless steps > 0, start >= 0 and end >= 0.
-    """
-
-    def __init__(self, steps: float, start: float = 0.0, end: float = 1.0) -> None:
-        super().__init__()
-        _require_positive(steps=steps)
-        _require_not_negative(start=start, end=end)
-        self._hold(steps=steps, start=start, end=end)
+    def progress(self, step: float) -> Tensor:
+        """0 at the first step, 1 from step `steps` on."""
+        return (step / self.steps).clamp(0.0, 1.0)
 
     def forward(self, step: float) -> Tensor:
-        progress = (step / self.steps).clamp(0.0, 1.0)
-        return torch.lerp(self.start, self.end, 0.5 - 0.5 * torch.cos(math.pi * progress))
+        return torch.lerp(self.start, self.end, self.progress(step))
+
+
+class Cosine(Linear):
+    """The same between the same ends, along half a cosine."""
+
+    def forward(self, step: float) -> Tensor:
+        return torch.lerp(self.start, self.end, 0.5 - 0.5 * torch.cos(math.pi * self.progress(step)))
 
 
 class Cyclical(Schedule):

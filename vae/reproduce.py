@@ -12,7 +12,8 @@ An experiment is a folder `experiments/NAME/` of the checkout with an `experimen
 
 `measure` is not run again while its results are there and the settings are those they were made with: SETTINGS of the
 form, and conf/experiment/NAME.yaml (for the quick form NAME_quick.yaml too), where there are such files. Everything else
-is made anew from results.json at each call, so that a verdict can be recomputed anywhere. Imports no torch.
+is made anew from results.json at each call, so that a verdict can be recomputed anywhere: figure.png, verdicts.json, and
+the part of the experiment's README.md between the lines <!-- full --> and <!-- /full --> (or quick). Imports no torch.
 """
 
 from __future__ import annotations
@@ -87,11 +88,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of words and numbers, all already written as text; as many in each row as there are columns."""
+    """Rows of words and numbers, all already written as text; as many in each row as there are columns. numbers: all but
+    the first column are aligned to the right."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
+    numbers: bool = True
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.columns) for row in self.rows):
@@ -105,14 +108,14 @@ class Table:
 
         table = RichTable(title=self.title or None, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
         for number, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="right" if number else "left")
+            table.add_column(Text(column), justify="right" if number and self.numbers else "left")
         for row in self.rows:
             table.add_row(*map(Text, row))
         console.print(table)
 
     def markdown(self) -> str:
         """For a README."""
-        rule = ["---"] + ["---:"] * (len(self.columns) - 1)
+        rule = ["---"] + ["---:" if self.numbers else "---"] * (len(self.columns) - 1)
         lines = [self.columns, rule, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -287,6 +290,8 @@ def reproduce(
     verdicts = {"claims": [asdict(claim) for claim in claims], "held": sum(c.holds for c in claims), "of": len(claims)}
     made = {key: record[key] for key in ("date", "device", "seconds")}
     write_json(folder / "verdicts.json", as_json({**verdicts, **made}))
+    if experiment.outputs is None:
+        fill_readme(experiment, form)
 
     module.table(results).print(console)
     for claim in claims:
@@ -380,7 +385,7 @@ def _draw(module: ModuleType, results: dict[str, Any], path: Path) -> None:
 
 def verdict_table(claims: list[Claim]) -> Table:
     rows = [("pass" if claim.holds else "MISS", claim.name, claim.measured, claim.target) for claim in claims]
-    return Table(("verdict", "claim", "measured", "target"), rows)
+    return Table(("verdict", "claim", "measured", "target"), rows, numbers=False)
 
 
 # --- all of them ----------------------------------------------------------------------------------------------------
@@ -456,6 +461,17 @@ def markdown(experiment: Experiment, form: str) -> str:
     made = f"`{record['command']}`, {record['device']}, {record['date'][:10]}, {_duration(record['seconds'])}.\n"
     verdicts = verdict_table(module.claims(record["results"])).markdown()
     return "\n".join([module.table(record["results"]).markdown(), verdicts, made])
+
+
+def fill_readme(experiment: Experiment, form: str) -> None:
+    """Write the form's table and verdicts between the lines <!-- FORM --> and <!-- /FORM --> of the experiment's README,
+    if it has them, so that its numbers are those of the results."""
+    path = experiment.checkout / "experiments" / experiment.name / "README.md"
+    text = path.read_text() if path.is_file() else ""
+    before, start, rest = text.partition(f"<!-- {form} -->\n")
+    _, end, after = rest.partition(f"<!-- /{form} -->\n")
+    if start and end:
+        write_text(path, f"{before}{start}\n{markdown(experiment, form)}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from fitting import fit
 from linear_gaussian import LinearGaussian
 
 from vae.build import build
@@ -135,13 +136,7 @@ def test_ais_and_the_importance_weighted_bound_agree_on_a_trained_model(tiny):
     # Wu et al. 2017: AIS certifies L_5000 of a trained VAE to within a nat, and never falls far below it
     data, module = build(tiny("data.limit=1000", "network.hidden=[64]", "model.latent_dim=8"))
     vae, train = module.vae, data.examples("train", 1000)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=2e-3)
-    for step in range(1500):
-        out = vae(train.x, generator("step", step))
-        loss = (out.distortion + out.rate).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    fit(vae, train, steps=1500, lr=2e-3)
     batch = data.examples("test", 50)
     difference = log_likelihood_ais(vae, batch, temperatures=1000, leapfrogs=5) - log_likelihood(vae, batch, 5000)
     assert -0.3 < difference.mean() < 1
