@@ -32,6 +32,8 @@ def main(config: DictConfig) -> float:
         return loss
     # One failed run must not end a sweep: it is recorded in its folder, and the report and the exit code tell.
     try:
+        constant = hydra_config.job.config.override_dirname.exclude_keys
+        overrides = [override for override in overrides if override.partition("=")[0] not in constant]
         jobs = hydra_config.launcher.get("n_jobs", 1)  # joblib's; other launchers give each job a machine of its own
         loss = train(config, folder, overrides, config.resume, progress_bar=False, jobs=jobs)
         log.info(f"finished {folder.name}: best validation loss {loss:.4f} nats")

@@ -45,7 +45,7 @@ class HyperParameters(pl.Callback):
         metrics = {
             name.replace("test/", "hparams/"): float(value)
             for name, value in trainer.callback_metrics.items()
-            if name.startswith("test/")
+            if name.startswith("test/") and name != "test/loss"  # losses of different objectives do not compare
         }
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):
