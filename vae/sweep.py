@@ -26,7 +26,9 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         refuse_used_folder(config)
         task = list(config.hydra.overrides.task)
-        constant = [o.get_key_element() for o in OverridesParser.create().parse_overrides(task) if not o.is_sweep_override()]
+        constant = [
+            o.get_key_element() for o in OverridesParser.create().parse_overrides(task) if not o.is_sweep_override()
+        ]
         with open_dict(config):
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{','.join(constant)}]"

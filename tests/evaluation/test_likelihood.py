@@ -10,7 +10,9 @@ def test_importance_weighted_bound_of_a_linear_gaussian_model_is_its_exact_likel
     exact = LinearGaussian()
     batch = exact.batch(10)
     for samples in (1, 3, 500):
-        torch.testing.assert_close(log_likelihood(exact.vae(), batch, samples), exact.log_prob(batch.x), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            log_likelihood(exact.vae(), batch, samples), exact.log_prob(batch.x), rtol=0, atol=1e-6
+        )
 
 
 def test_bound_rises_with_K_towards_the_likelihood_when_the_posterior_is_wrong():
