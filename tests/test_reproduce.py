@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vae.errors import VAEError
-from vae.reproduce import Context, Experiment, Table, main, markdown, names, spread
+from vae.reproduce import Context, Experiment, Table, main, markdown, names, pack_images, spread, unpack_images
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 NUMBERS = itertools.count()
@@ -230,6 +231,13 @@ def test_an_unknown_name_is_answered_with_the_known_ones(fake):
 def test_spread_is_mean_and_sample_deviation():
     assert spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
     assert spread([2.5]) == "2.50"
+
+
+def test_images_come_back_from_text_to_half_a_grey_level():
+    images = np.linspace(0, 1, 2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    back = unpack_images(json.loads(json.dumps(pack_images(images))))
+    assert back.shape == images.shape
+    assert np.abs(back - images).max() <= 0.5 / 255 + 1e-12
 
 
 def test_a_table_with_a_short_row_is_refused():

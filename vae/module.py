@@ -42,8 +42,15 @@ class VAEModule(pl.LightningModule):
         self.steps = 0  # batches trained on; unlike Lightning's counter, one a batch whatever the optimisers do
         self.kl_per_dimension: Tensor | None = None  # of the last validation, for pictures
         self.epoch_means = Means()  # of the training terms, over the current or last epoch
-        self._since_log, self._open = Means(), Means()
-        self.register_buffer("_diverged_at", torch.tensor(torch.inf), persistent=False)
+        self._since_log = Means()
+        self._open: list[dict[str, Tensor]] = []  # the terms of the steps that are in neither mean yet
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes the hook that it is in forty times a step, and an nn.Module takes its time over each.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = [{"params": list(self.vae.parameters())}]
@@ -62,21 +69,15 @@ class VAEModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noise = generator(batch.seed, "z", device=batch.x.device)
         terms = self.objective(self.vae, batch, noise, self.steps)
-        self._open.add(terms)
-        self._note_divergence(terms["loss"].detach())
+        # Nothing is added up, and nothing waits for the device, until the window ends. Copies, because a term may be a
+        # buffer that changes, and a captured graph writes its results to the same place each time.
+        self._open.append({name: value.detach().clone() for name, value in terms.items()})
         self.steps += 1
         if self.steps % self.trainer.log_every_n_steps == 0:
             self._log_window()
         return terms["loss"]
 
-    def _note_divergence(self, loss: Tensor) -> None:
-        # A tensor, so that nothing waits for the device: `refuse_divergence` reads it now and then.
-        here = torch.full_like(self._diverged_at, self.steps)
-        first = torch.minimum(self._diverged_at, torch.where(loss.isfinite(), torch.inf, here))
-        self._diverged_at = first
-
     def _log_window(self) -> None:
-        self.refuse_divergence()
         self._end_part()
         self.log_dict(self._training_terms(self._since_log))
         self._since_log = Means()
@@ -91,19 +92,28 @@ class VAEModule(pl.LightningModule):
         return {name: float(value) for name, value in self._training_terms(self.epoch_means).items()}
 
     def _end_part(self) -> None:
-        self.epoch_means.merge(self._open)
-        self._since_log.merge(self._open)
-        self._open = Means()
+        self.refuse_divergence()
+        part = Means()
+        part.sums = {name: self._noted(name).sum() for name in dict.fromkeys(n for terms in self._open for n in terms)}
+        part.count = len(self._open)
+        self.epoch_means.merge(part)
+        self._since_log.merge(part)
+        self._open = []
+
+    def _noted(self, name: str) -> Tensor:
+        """A term of the steps of this part, (steps,); a checkpoint brings some of them back on the CPU."""
+        return torch.stack([terms[name].to(self.device) for terms in self._open if name in terms])
 
     def on_train_epoch_end(self) -> None:
         self._end_part()
 
     def refuse_divergence(self) -> None:
         """Raise VAEError if a training loss was not finite."""
-        if self._diverged_at.isfinite():
+        if self._open and not (finite := self._noted("loss").isfinite()).all():
+            step = self.steps - len(self._open) + int(finite.logical_not().nonzero()[0])
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise VAEError(
-                f"The loss stopped being finite at step {int(self._diverged_at)} (epoch {self.current_epoch}, learning "
+                f"The loss stopped being finite at step {step} (epoch {self.current_epoch}, learning "
                 f"rate {rate:g}, beta {float(self.objective.beta):g}): try a smaller learning rate or gradient clipping."
             )
 
@@ -150,17 +160,16 @@ class VAEModule(pl.LightningModule):
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _running_means(self) -> list[Means]:
-        return [self.epoch_means, self._since_log, self._open]
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["steps"] = self.steps
-        checkpoint["means"] = [means.state_dict() for means in self._running_means()]
+        checkpoint["means"] = [self.epoch_means.state_dict(), self._since_log.state_dict()]
+        checkpoint["open"] = list(self._open)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.steps = checkpoint["steps"]
-        for means, state in zip(self._running_means(), checkpoint["means"], strict=True):
+        for means, state in zip((self.epoch_means, self._since_log), checkpoint["means"], strict=True):
             means.load_state_dict(state)
+        self._open = list(checkpoint["open"])
 
 
 class Means:
