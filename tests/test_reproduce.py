@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +213,16 @@ def test_a_run_is_trained_once_and_is_the_same_however_many_are_side_by_side(tmp
     assert {k: v for k, v in beside.items() if "seconds" not in k} == {
         k: v for k, v in metrics.items() if "seconds" not in k
     }
+
+
+def test_pieces_measured_side_by_side_are_those_of_one_after_another(tmp_path):
+    measures = {f"root-{n}": functools.partial(math.sqrt, n) for n in (9, 4)}
+    alone = Context(quick=True, folder=tmp_path / "alone", jobs=1).cached_many(measures)
+    said: list[str] = []
+    context = Context(quick=True, folder=tmp_path / "two", jobs=2, say=said.append)
+    assert list(context.cached_many(measures).items()) == list(alone.items()) == [("root-9", 3.0), ("root-4", 2.0)]
+    assert context.cached_many(measures) == {name: context.cached(name, pytest.fail) for name in measures} == alone
+    assert len(said) == 2
 
 
 def test_away_from_a_checkout_a_sentence_says_where_experiments_are(tmp_path, capsys):

@@ -10,7 +10,6 @@ A posterior family is a module that turns an encoder's output (B, encoder_output
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
-from vae.networks.base import ACTIVATIONS, checked_widths, dense_layers, named
+from vae.networks.autoregressive import MADE
+from vae.networks.base import checked_widths, dense_layers
 
 
 class Step(Protocol):
@@ -141,52 +141,6 @@ class PlanarFlow(nn.Module):
 
 
 # --- inverse autoregressive -------------------------------------------------------------------------------------------
-
-
-class MaskedLinear(nn.Linear):
-    """A linear layer with some weights held at zero; mask (out, in) of 0 and 1."""
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
-
-
-class MADE(nn.Module):
-    """An autoregressive network (Germain et al. 2015): `outputs` numbers for each z_i that depend on z_1 .. z_(i-1) and
-    on a context alone. z (..., D), context (..., C) or None, broadcast -> (..., outputs, D).
-
-    Every hidden unit has a degree m in 0 .. D - 1: it sees z_1 .. z_m and is seen by the outputs of z_(m+1) onwards;
-    units of degree 0 see the context alone. The last layer starts at zero, so that all outputs do.
-    """
-
-    def __init__(
-        self, latent_dim: int, hidden: Sequence[int], outputs: int, context: int = 0, activation: str = "elu"
-    ) -> None:
-        super().__init__()
-        widths = checked_widths(hidden)
-        if not widths:
-            raise VAEError("An autoregressive network needs a hidden layer.")
-        degrees = [torch.arange(1, latent_dim + 1), *(torch.arange(width) % latent_dim for width in widths)]
-        masks = [(b[:, None] >= a).float() for a, b in pairwise(degrees)]
-        last = (degrees[0][:, None] > degrees[-1]).float().repeat(outputs, 1)
-        self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks)
-        self.last = MaskedLinear(last)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-        self.context = nn.Linear(context, widths[0], bias=False) if context else None
-        self.activation = named("activation", activation, ACTIVATIONS)()
-        self.outputs = outputs
-
-    def forward(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self.layers[0](z)
-        if self.context is not None:
-            h = h + self.context(context)
-        for layer in self.layers[1:]:
-            h = layer(self.activation(h))
-        return self.last(self.activation(h)).unflatten(-1, (self.outputs, -1))
 
 
 class IAFStep:

@@ -101,6 +101,11 @@ class BottomDecoder(nn.Module):
     def __init__(self, decoder: nn.Module, latent_dim: int) -> None:
         super().__init__()
         self.decoder, self.latent_dim = decoder, latent_dim
+        self.autoregressive = getattr(decoder, "autoregressive", False)
 
-    def forward(self, z: Tensor, *labels: Tensor) -> Tensor:
-        return self.decoder(z[..., : self.latent_dim], *labels)
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.decoder.image_shape
+
+    def forward(self, z: Tensor, *others: Tensor) -> Tensor:
+        return self.decoder(z[..., : self.latent_dim], *others)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vae.gaussian import DiagonalGaussian
+from vae.seeding import generator as generator_of
 
 
 class Posterior(Protocol):
@@ -49,7 +50,8 @@ class VAEOutput(NamedTuple):
 class VAE(nn.Module):
     """p(x, z) = p(x|z) p(z) with the amortised posterior q(z|x) (Kingma & Welling 2014; Rezende et al. 2014).
 
-    encoder: (B, C, H, W) -> (B, 2 D); decoder: (N, D) -> (N, P, C, H, W); with `num_classes` both also take labels.
+    encoder: (B, C, H, W) -> (B, 2 D); decoder: (N, D) -> (N, P, C, H, W); with `num_classes` both also take labels. A
+    decoder with a true `autoregressive` is also given x, and its parameters of a pixel depend on the pixels before it.
     posterior: the family of q(z|x), encoder's output -> distribution over z, a module if it has weights of its own; then
     the encoder gives as many numbers as the family asks for.
     """
@@ -78,11 +80,21 @@ class VAE(nn.Module):
         parameters = self.encoder(x, y) if self.num_classes else self.encoder(x)
         return self.posterior(parameters)
 
-    def decode(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """The likelihood's parameters, (..., D) -> (..., P, C, H, W); labels y (...) broadcast against z."""
-        flat = z.flatten(0, -2)
-        params = self.decoder(flat, y.expand(z.shape[:-1]).flatten()) if self.num_classes else self.decoder(flat)
-        return params.unflatten(0, z.shape[:-1])
+    @property
+    def autoregressive(self) -> bool:
+        return getattr(self.decoder, "autoregressive", False)
+
+    def decode(self, z: Tensor, y: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+        """The likelihood's parameters, (..., D) -> (..., P, C, H, W); labels y (...) broadcast against z.
+
+        x (B, C, H, W), for z (..., B, D): the images that an autoregressive decoder reads; any other is not given them.
+        """
+        inputs = [z.flatten(0, -2)]
+        if self.autoregressive:
+            inputs.append(x)
+        if self.num_classes:
+            inputs.append(y.expand(z.shape[:-1]).flatten())
+        return self.decoder(*inputs).unflatten(0, z.shape[:-1])
 
     def forward(
         self, x: Tensor, generator: torch.Generator, y: Tensor | None = None, sample_shape: tuple[int, ...] = ()
@@ -93,7 +105,7 @@ class VAE(nn.Module):
 
     def measure(self, x: Tensor, posterior: Posterior, z: Tensor, y: Tensor | None = None) -> VAEOutput:
         """Decode z, (*S, B, D), wherever it comes from, and measure both halves of the ELBO of x in nats."""
-        params = self.decode(z, y)
+        params = self.decode(z, y, x)
         return VAEOutput(posterior, z, params, -self.likelihood.log_prob(params, x), self.kl(posterior, z))
 
     def kl(self, posterior: Posterior, z: Tensor) -> Tensor:
@@ -112,8 +124,31 @@ class VAE(nn.Module):
 
     def sample(self, n: int, generator: torch.Generator, y: Tensor | None = None) -> Tensor:
         """Mean images of n draws from the prior, (n, C, H, W); the pixels' own noise is left out."""
-        return self.likelihood.mean(self.decode(self.prior.sample(n, generator), y))
+        return self.mean_image(self.prior.sample(n, generator), y, generator)
 
     def reconstruct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """The mean image at the posterior's mean, (B, C, H, W); deterministic."""
-        return self.likelihood.mean(self.decode(self.encode(x, y).mean, y))
+        return self.mean_image(self.encode(x, y).mean, y)
+
+    def mean_image(self, z: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """E[x|z], (N, D) -> (N, C, H, W).
+
+        Of an autoregressive decoder, each pixel's mean given a draw of those before it: by `generator`, or without one by
+        the same noise at each call.
+        """
+        if not self.autoregressive:
+            return self.likelihood.mean(self.decode(z, y))
+        generator = generator_of("pixels", device=z.device) if generator is None else generator
+        return self.likelihood.mean(self.decode(z, y, self.draw_image(z, generator, y)))
+
+    def draw_image(self, z: Tensor, generator: torch.Generator, y: Tensor | None = None) -> Tensor:
+        """A draw of p(x|z), (N, D) -> (N, C, H, W); pixel after pixel, H W passes, if the decoder is autoregressive."""
+        if not self.autoregressive:
+            return self.likelihood.sample(self.decode(z, y), generator)
+        channels, height, width = self.decoder.image_shape
+        x = z.new_zeros(len(z), channels, height, width)
+        for row in range(height):
+            for column in range(width):
+                drawn = self.likelihood.sample(self.decode(z, y, x), generator)
+                x[..., row, column] = drawn[..., row, column]
+        return x

@@ -170,19 +170,55 @@ class Context:
     def cached(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure()` returned, now or when this was last run with the same settings. Always as JSON gives it back:
         tuples as lists, keys as strings."""
-        path = self.folder / "pieces" / f"{_file_name(name)}.json"
-        stamp = as_json(self.stamp)
-        if path.is_file():
-            piece = json.loads(path.read_text())
-            if piece["settings"] == stamp:
-                self.reused_seconds += piece["seconds"]
-                return piece["value"]
+        path, stamp = self._piece(name), as_json(self.stamp)
+        if (piece := _read_piece(path, stamp)) is not None:
+            self.reused_seconds += piece["seconds"]
+            return piece["value"]
         started, before = time.monotonic(), self.reused_seconds
         value = as_json(measure())
         seconds = time.monotonic() - started + self.reused_seconds - before
         write_json(path, {"settings": stamp, "seconds": round(seconds, 2), "value": value})
         self.say(f"{name}: measured, {_duration(seconds)}")
         return value
+
+    def cached_many(self, measures: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+        """`cached` of several pieces, `jobs` of them side by side, each in a process of its own if there are two.
+
+        What is called must then be known to other processes by name: a module's function, or a `functools.partial` of it.
+        """
+        from joblib import Parallel, delayed
+
+        jobs, stamp = min(self.jobs, len(measures)), as_json(self.stamp)
+        ended = Parallel(n_jobs=jobs, return_as="generator_unordered")(
+            delayed(_measure_piece)(name, self._piece(name), stamp, measure) for name, measure in measures.items()
+        )
+        values = {}
+        for name, piece, reused in ended:
+            values[name] = piece["value"]
+            self.reused_seconds += piece["seconds"] / jobs if reused else 0.0
+            if not reused:
+                self.say(f"{name}: measured, {_duration(piece['seconds'])}")
+        return {name: values[name] for name in measures}
+
+    def _piece(self, name: str) -> Path:
+        return self.folder / "pieces" / f"{_file_name(name)}.json"
+
+
+def _read_piece(path: Path, stamp: Any) -> dict[str, Any] | None:
+    """A piece that was measured under these settings."""
+    piece = json.loads(path.read_text()) if path.is_file() else {"settings": None}
+    return piece if piece["settings"] == stamp else None
+
+
+def _measure_piece(name: str, path: Path, stamp: Any, measure: Callable[[], Any]) -> tuple[str, dict[str, Any], bool]:
+    """Its name, the piece, and whether it was there. In a process of its own."""
+    if (piece := _read_piece(path, stamp)) is not None:
+        return name, piece, True
+    started = time.monotonic()
+    value = as_json(measure())
+    piece = {"settings": stamp, "seconds": round(time.monotonic() - started, 2), "value": value}
+    write_json(path, piece)
+    return name, piece, False
 
 
 def _file_name(name: str) -> str:

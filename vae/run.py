@@ -23,7 +23,6 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.profilers import PassThroughProfiler
 
 from vae.build import build, instantiate
 from vae.callbacks.progress import Progress
@@ -34,6 +33,7 @@ from vae.data.module import ImageDataModule
 from vae.errors import VAEError
 from vae.evaluation.measures import MEASURES
 from vae.files import write_json, write_text
+from vae.lean import Compile, NoProfiler, make_lean
 from vae.module import VAEModule
 
 # Importing Lightning on a machine without CUDA sets this, and each Adam step then looks for the driver: 60 us a step.
@@ -58,30 +58,25 @@ def build_trainer(
 ) -> pl.Trainer:
     """A Lightning Trainer; with `folder=None` one that only measures and writes nothing."""
     options = OmegaConf.to_container(config.trainer, resolve=True)
+    if options["accelerator"] == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        logging.getLogger(__name__).warning("trainer.accelerator=gpu: there is no GPU here, so the CPU is used.")
+        options["accelerator"] = "cpu"
     if folder is None:
         outputs: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
     else:
         outputs = {
             "callbacks": [
                 *([Progress()] if progress_bar else []),
+                *([Compile(config.compile)] if config.get("compile") else []),
                 *(instantiate(callback) for callback in config.callbacks.values() if callback is not None),
                 HyperParameters(compared(config, overrides)),
             ],
             "logger": instantiate(config.logger)(save_dir=folder) if config.logger else False,
         }
     options.setdefault("profiler", NoProfiler())
-    return pl.Trainer(
-        **options, **outputs, default_root_dir=folder, plugins=[CheckpointIO()], enable_progress_bar=False
+    return make_lean(
+        pl.Trainer(**options, **outputs, default_root_dir=folder, plugins=[CheckpointIO()], enable_progress_bar=False)
     )
-
-
-class NoProfiler(PassThroughProfiler):
-    """Lightning enters and leaves its profiler 66 times a step, whether it measures anything or not."""
-
-    _nothing = contextlib.nullcontext()
-
-    def profile(self, action_name: str) -> contextlib.nullcontext:
-        return self._nothing
 
 
 def settings(config: DictConfig) -> dict[str, Any]:

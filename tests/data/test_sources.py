@@ -190,6 +190,15 @@ def test_an_idx_file_is_read_as_written(kmnist_root):
     assert splits.test.y.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_small_mnist_has_the_means_of_blocks_of_pixels(monkeypatch):
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 1, 28, 28), np.uint8))
+    monkeypatch.setattr(sources, "_mnist_like", lambda *_: sources.Splits(*[sources.Images(x, torch.arange(3))] * 3))
+    for size in (28, 14, 7):
+        blocks = x.double().view(3, 1, size, 28 // size, size, 28 // size)
+        assert torch.equal(sources.mnist("", size=size).test.x, blocks.mean((3, 5)).round().to(torch.uint8))
+    refusal(lambda: sources.mnist("", size=8), "data.source.size=8")
+
+
 @pytest.mark.parametrize("keep", [0, 3, 10, 100, 16 + 5 * 784 - 1])
 def test_a_truncated_idx_file_is_named(kmnist_root, keep):
     path = kmnist_root / "KMNIST" / "raw" / "t10k-images-idx3-ubyte"

@@ -51,7 +51,7 @@ def traversals(
     for row, dimension in enumerate(order[:dimensions]):
         z[row, :, dimension] = torch.linspace(-reach, reach, columns, device=z.device)
     z = z.flatten(0, 1)
-    return grid(vae.likelihood.mean(vae.decode(z, None if y is None else y[:1].expand(len(z)))), columns)
+    return grid(vae.mean_image(z, None if y is None else y[:1].expand(len(z))), columns)
 
 
 def latent_grid(vae: VAE, columns: int = 20, y: Tensor | None = None) -> Tensor:
@@ -59,9 +59,7 @@ def latent_grid(vae: VAE, columns: int = 20, y: Tensor | None = None) -> Tensor:
     quantiles = torch.special.ndtri(torch.linspace(0.5 / columns, 1 - 0.5 / columns, columns, dtype=torch.float64))
     side = quantiles.to(next(vae.parameters()))
     plane = torch.cartesian_prod(-side, side).flip(-1)  # first latent to the right, second upwards
-    return grid(
-        vae.likelihood.mean(vae.decode(plane, None if y is None else y[:1].expand(len(plane)))), columns, padding=0
-    )
+    return grid(vae.mean_image(plane, None if y is None else y[:1].expand(len(plane))), columns, padding=0)
 
 
 def kl_bars(kl: Tensor) -> Tensor:

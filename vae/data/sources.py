@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vae.data.images import Images, Splits
@@ -96,9 +97,19 @@ def _check_sizes(total: int, *held_out: int) -> None:
 # The MNIST family: idx files
 
 
-def mnist(root: Root, val_size: int = 5000, seed: int = 0) -> Splits:
-    """Handwritten digits (LeCun et al. 1998), 60,000 + 10,000. x (1, 28, 28), y the digit."""
-    return _mnist_like("MNIST", root, val_size, seed)
+def mnist(root: Root, val_size: int = 5000, seed: int = 0, size: int = 28) -> Splits:
+    """Handwritten digits (LeCun et al. 1998), 60,000 + 10,000. x (1, size, size), y the digit.
+
+    size: 28, or 14 or 7 for the means of 2x2 or 4x4 pixels, rounded.
+    """
+    if size not in (28, 14, 7):
+        raise VAEError(f"data.source.size={size} must be 28, 14 or 7.")
+    splits = _mnist_like("MNIST", root, val_size, seed)
+    return splits if size == 28 else Splits(*(_shrunk(split, 28 // size) for split in splits))
+
+
+def _shrunk(images: Images, factor: int) -> Images:
+    return Images(F.avg_pool2d(images.x.float(), factor).round().to(torch.uint8), images.y)
 
 
 def fashion_mnist(root: Root, val_size: int = 5000, seed: int = 0) -> Splits:

@@ -54,7 +54,7 @@ class Chains(NamedTuple):
 def chains_at(vae: VAE, x: Tensor, y: Tensor | None, z: Tensor) -> Chains:
     """Evaluate both densities and their gradients at z (C, B, D)."""
     z = z.detach().requires_grad_()
-    log_prior, log_likelihood = vae.prior.log_prob(z), vae.likelihood.log_prob(vae.decode(z, y), x)
+    log_prior, log_likelihood = vae.prior.log_prob(z), vae.likelihood.log_prob(vae.decode(z, y, x), x)
     (grad_prior,) = torch.autograd.grad(log_prior.sum(), z)
     (grad_likelihood,) = torch.autograd.grad(log_likelihood.sum(), z)
     return Chains(z.detach(), log_prior.detach(), log_likelihood.detach(), grad_prior, grad_likelihood)
@@ -209,7 +209,7 @@ def sandwich(
     noise = generator(seed, "bdmc", device=next(vae.parameters()).device)
     betas = sigmoid_schedule(temperatures)
     z = vae.prior.sample(n, noise)
-    x = vae.likelihood.sample(vae.decode(z, y), noise)
+    x = vae.draw_image(z, noise, y)
     lower, upper = [], []
     parts = _parts(Batch(x, y, seed), chains, max_decodes)
     for part, start in zip(parts, z.split(max(1, max_decodes // chains)), strict=True):

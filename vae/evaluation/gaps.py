@@ -121,7 +121,7 @@ def optimise_locally(
 
 def _log_joint(vae: VAE, x: Tensor, y: Tensor | None, z: Tensor) -> Tensor:
     """log p(x, z), (S, B)."""
-    return vae.likelihood.log_prob(vae.decode(z, y), x) + vae.prior.log_prob(z)
+    return vae.likelihood.log_prob(vae.decode(z, y, x), x) + vae.prior.log_prob(z)
 
 
 def _path_log_prob(posterior: Posterior, z: Tensor) -> Tensor:

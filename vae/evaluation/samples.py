@@ -81,8 +81,7 @@ def model_samples(
     images = []
     for part in vae.prior.sample(n, noise).split(at_a_time):
         labels = None if y is None else y[sum(map(len, images)) :][: len(part)]
-        params = vae.decode(part, labels)
-        images.append(vae.likelihood.sample(params, noise) if draw_pixels else vae.likelihood.mean(params))
+        images.append(vae.draw_image(part, noise, labels) if draw_pixels else vae.mean_image(part, labels, noise))
     return torch.cat(images)
 
 

@@ -47,10 +47,17 @@ class ImageDecoder(nn.Module):
     is no longer the same everywhere; what depends on z stays convolutional.
     """
 
+    #: Whether the decoder is also given the image, to tell each pixel from those before it.
+    autoregressive = False
+
     def __init__(self, body: nn.Module, output_shape: tuple[int, int, int, int], num_classes: int = 0) -> None:
         super().__init__()
         self.body, self.num_classes = body, num_classes
         self.output_bias = nn.Parameter(torch.zeros(output_shape))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return tuple(self.output_bias.shape[1:])
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         return self.body(with_label(z, y, self.num_classes)).reshape(-1, *self.output_bias.shape) + self.output_bias

@@ -14,6 +14,7 @@ INITS: dict[str, Callable[[Tensor], object]] = {
     "torch": lambda weight: None,  # as nn.Linear draws them: uniform, +- 1 / sqrt(fan_in), biases too
     "glorot_uniform": nn.init.xavier_uniform_,  # Burda et al. 2016; biases zero
     "he_normal": nn.init.kaiming_normal_,  # Tomczak & Welling 2018; biases zero
+    "normal": lambda weight: nn.init.normal_(weight, std=0.1),  # N(0, 0.01), Kingma & Welling 2014; biases zero
 }
 
 
@@ -32,7 +33,7 @@ def mlp(
 
     The decoder mirrors the encoder unless told otherwise (Higgins et al. 2017: hidden (1200, 1200) relu, decoder_hidden
     (1200, 1200, 1200) tanh). Activations: base.ACTIVATIONS and "gated"; hidden=() is linear, log-variance included.
-    init: "torch", "glorot_uniform" or "he_normal".
+    init: "torch", "glorot_uniform", "he_normal" or "normal".
 
     Raises VAEError for a size below 1 or a name that is unknown.
     """

@@ -1,0 +1,109 @@
+"""The lean step against Lightning's own: the same weights to the last bit, the same hooks in the same order."""
+
+import logging
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.loops.optimization.automatic import _AutomaticOptimization
+
+from vae.errors import VAEError
+from vae.lean import Compile, PlainStep
+from vae.run import build, build_trainer
+
+HOOKS = (
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+class Witness(pl.Callback):
+    def __init__(self):
+        self.seen = []
+
+
+def note(name):
+    def hook(self, trainer, module, *args):
+        self.seen.append((name, module._current_fx_name, trainer.global_step))
+
+    return hook
+
+
+for hook_name in HOOKS:
+    setattr(Witness, hook_name, note(hook_name))
+
+
+def trained(config, folder, lean, **options):
+    for name, value in options.items():
+        OmegaConf.update(config, f"trainer.{name}", value, force_add=True)
+    data, module = build(config)
+    trainer = build_trainer(config, folder)
+    assert type(trainer.fit_loop.epoch_loop.automatic_optimization) is PlainStep
+    if not lean:
+        trainer.fit_loop.epoch_loop.automatic_optimization = _AutomaticOptimization(trainer)
+    witness = Witness()
+    trainer.callbacks.append(witness)
+    trainer.fit(module, data)
+    return module, trainer, witness
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}, {"precision": "bf16-mixed"}], ids=str)
+def test_the_lean_step_is_lightnings_step(tiny, tmp_path, options):
+    own, lean = (trained(tiny(), tmp_path / str(lean), lean, **options) for lean in (False, True))
+    for name, weight in own[0].state_dict().items():
+        assert torch.equal(weight, lean[0].state_dict()[name]), name
+    assert own[1].global_step == lean[1].global_step > 0
+    assert own[2].seen == lean[2].seen
+    assert own[1].callback_metrics.keys() == lean[1].callback_metrics.keys()
+
+
+def test_what_is_not_plain_is_left_to_lightning(tiny, tmp_path):
+    own, lean = (
+        trained(tiny(), tmp_path / str(lean), lean, accumulate_grad_batches=2)[0].state_dict() for lean in (False, True)
+    )
+    assert all(torch.equal(own[name], lean[name]) for name in own)
+
+
+def test_an_unknown_mode_of_compilation_is_refused():
+    with pytest.raises(VAEError, match="compile=fast is unknown: choose false, true or one of default"):
+        Compile("fast")
+
+
+def test_networks_that_cannot_be_compiled_are_trained_as_they_are(tiny, tmp_path, monkeypatch, caplog):
+    def broken(self, **options):
+        self._compiled_call_impl = lambda *inputs: (_ for _ in ()).throw(RuntimeError("no compiler"))
+
+    config = tiny()
+    plain = trained(tiny(), tmp_path / "plain", True)[0].state_dict()
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    config.compile = True
+    with caplog.at_level(logging.WARNING, "vae.lean"):
+        compiled = trained(config, tmp_path / "compiled", True)[0].state_dict()
+    assert "compile=default is not possible here (RuntimeError: no compiler)" in caplog.text
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_to_the_same_weights_up_to_rounding(tiny, tmp_path):
+    config = tiny()
+    plain = trained(tiny(), tmp_path / "plain", True)[0].state_dict()
+    config.compile = True
+    module, *_ = trained(config, tmp_path / "compiled", True)
+    assert module.vae.encoder._compiled_call_impl is not None
+    for name, weight in plain.items():
+        torch.testing.assert_close(module.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_gpu_that_is_not_there_is_said_and_the_cpu_used(tiny, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    config = tiny()
+    config.trainer.accelerator = "gpu"
+    with caplog.at_level(logging.WARNING, "vae.run"):
+        trainer = build_trainer(config, tmp_path)
+    assert "there is no GPU here, so the CPU is used" in caplog.text
+    assert trainer.strategy.root_device.type == "cpu"
