@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,54 @@ def test_runs_killed_at_random_steps_and_resumed_end_bit_identical(tmp_path):
     assert {k: v for k, v in cut.items() if "seconds" not in k} == {
         k: v for k, v in whole.items() if "seconds" not in k
     }
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of a size to be chosen, or a skipped test where none can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mounted(kilobytes):
+        umounted()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)], capture_output=True
+        )
+        if done.returncode:
+            pytest.skip("needs the right to mount a tmpfs")
+        return disk
+
+    def umounted():
+        if disk.is_mount():
+            subprocess.run(["umount", str(disk)], check=True)
+
+    if shutil.which("mount") is None:
+        pytest.skip("needs mount")
+    yield mounted
+    umounted()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_in_a_sentence_and_costs_nothing_once_there_is_space(tmp_path, small_disk):
+    settings = ["threads=1", "data.limit=320", "data.batch_size=16", "evaluation.nll_samples=5", "trainer.max_epochs=8"]
+    settings += ["trainer.accelerator=cpu", "callbacks.interruptible.every_n_steps=7", "network.hidden=[64]"]
+
+    def metrics(folder):
+        found = json.loads((folder / "metrics.json").read_text())
+        return {name: value for name, value in found.items() if "seconds" not in name}
+
+    assert run("vae.train", *settings, "run=whole", cwd=tmp_path).returncode == 0
+    stopped_at = set()
+    for kilobytes in (60, 200, 300, 380, 440):
+        disk = small_disk(kilobytes)
+        cut = run("vae.train", *settings, f"run={disk}/cut", cwd=tmp_path)
+        assert cut.returncode == 1, kilobytes
+        assert "There is no space left on the disk to write" in cut.stderr
+        assert "Traceback" not in cut.stderr
+        assert not list(disk.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        stopped_at.add(str(sorted(path.name for path in disk.glob("cut/checkpoints/*"))))
+        again = run("vae.train", *settings, f"run={disk}/cut", "resume=true", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert metrics(disk / "cut") == metrics(tmp_path / "whole")
+    assert len(stopped_at) >= 3, stopped_at  # before the first checkpoint, and with one and both of them there

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from vae.build import build
 from vae.cli import CONFIGS
 from vae.errors import VAEError
-from vae.run import continues, evaluate, resumed_config, train
+from vae.run import build_trainer, continues, evaluate, resumed_config, train
 
 
 def trained(config, folder, **options):
@@ -248,3 +248,18 @@ def test_two_processes_do_not_train_the_same_run(tiny, tmp_path):
 
     with only_process(tmp_path), pytest.raises(VAEError, match="Another process"):
         train(tiny(), tmp_path, [], progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "callbacks.checkpoint.filename=../../best",
+        "+callbacks.checkpoint.dirpath=/tmp/elsewhere",
+        "logger.version=../..",
+    ],
+)
+def test_a_config_cannot_make_a_run_write_outside_its_folder(tiny, tmp_path, override):
+    config = tiny("callbacks=default", override)
+    with pytest.raises(VAEError, match="is outside the run's folder"):
+        build_trainer(config, tmp_path / "sweep" / "run")
+    assert not (tmp_path / "best.ckpt").exists()

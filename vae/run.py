@@ -32,7 +32,7 @@ from vae.data.images import Splits
 from vae.data.module import ImageDataModule
 from vae.errors import VAEError
 from vae.evaluation.measures import MEASURES
-from vae.files import write_json, write_text
+from vae.files import is_disk_full, write_json, write_text
 from vae.lean import Compile, NoProfiler, make_lean
 from vae.module import VAEModule
 
@@ -74,9 +74,28 @@ def build_trainer(
             "logger": instantiate(config.logger)(save_dir=folder) if config.logger else False,
         }
     options.setdefault("profiler", NoProfiler())
-    return make_lean(
-        pl.Trainer(**options, **outputs, default_root_dir=folder, plugins=[CheckpointIO()], enable_progress_bar=False)
+    trainer = pl.Trainer(
+        **options, **outputs, default_root_dir=folder, plugins=[CheckpointIO()], enable_progress_bar=False
     )
+    if folder is not None:
+        stay_inside(folder, trainer)
+    return make_lean(trainer)
+
+
+def stay_inside(folder: Path, trainer: pl.Trainer) -> None:
+    """Raises VAEError where a checkpoint or a logger's files would be written outside the run's folder."""
+    places = {
+        "callbacks": [
+            Path(saved.dirpath or folder / "checkpoints", saved.filename or "")
+            for saved in trainer.callbacks
+            if isinstance(saved, pl.callbacks.ModelCheckpoint)
+        ],
+        "logger": [Path(logger.log_dir) for logger in trainer.loggers if getattr(logger, "log_dir", None)],
+    }
+    for group, paths in places.items():
+        for path in paths:
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise VAEError(f"{group}: {path} is outside the run's folder, {folder}, and would not be kept with it.")
 
 
 def settings(config: DictConfig) -> dict[str, Any]:
@@ -151,12 +170,16 @@ def train(
             metrics, status["epochs"] = _fit_and_test(config, folder, overrides, checkpoint, progress_bar)
             status["state"] = "finished"
         except BaseException as error:
+            if is_disk_full(error) and not isinstance(error, VAEError):  # TensorBoard's writer says so in its own way
+                error = VAEError(f"There is no space left on the disk to write to {folder}.")
             status["state"] = "failed"
             status["reason"] = str(error) if isinstance(error, VAEError) else f"{type(error).__name__}: {error}"
-            raise
+            raise error
         finally:
             status["seconds"] = time.monotonic() - started
-            write_json(folder / "status.json", status)
+            # where not even this can be written, what went wrong before is what must be told
+            with contextlib.suppress(VAEError) if status["state"] == "failed" else contextlib.nullcontext():
+                write_json(folder / "status.json", status)
     return best_loss(metrics)
 
 

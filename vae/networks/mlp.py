@@ -14,7 +14,7 @@ INITS: dict[str, Callable[[Tensor], object]] = {
     "torch": lambda weight: None,  # as nn.Linear draws them: uniform, +- 1 / sqrt(fan_in), biases too
     "glorot_uniform": nn.init.xavier_uniform_,  # Burda et al. 2016; biases zero
     "he_normal": nn.init.kaiming_normal_,  # Tomczak & Welling 2018; biases zero
-    "normal": lambda weight: nn.init.normal_(weight, std=0.1),  # N(0, 0.01), Kingma & Welling 2014; biases zero
+    "normal": lambda weight: nn.init.normal_(weight, std=0.01),  # Kingma & Welling 2014, N(0, 0.01); biases zero
 }
 
 
