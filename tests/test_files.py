@@ -1,19 +1,28 @@
+import errno
 import json
 
 import pytest
 
+from vae.errors import VAEError
 from vae.files import write_atomically, write_json
 
 
-def test_a_write_that_fails_leaves_the_previous_file_whole(tmp_path):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
+def test_a_write_that_fails_leaves_the_previous_file_whole(tmp_path, number):
     path = tmp_path / "metrics.json"
     write_json(path, {"a": 1})
 
     def half(file):
         file.write(b"{")
-        raise OSError(28, "No space left on device")
+        try:
+            raise OSError(number, "cannot be written")
+        except OSError:
+            raise RuntimeError("unexpected position") from None  # as torch.save does in place of what went wrong
 
-    with pytest.raises(OSError, match="No space left"):
+    full = number != errno.EIO
+    with pytest.raises(
+        VAEError if full else RuntimeError, match=f"left on the disk to write {path}" if full else "unexpected position"
+    ):
         write_atomically(path, half)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]

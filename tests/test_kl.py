@@ -286,6 +286,14 @@ def test_mixture_density_is_that_of_torch_distributions(noise):
     torch.testing.assert_close(GaussianMixture(logits, mean, log_var).log_prob(x), expected)
 
 
+def test_mixture_density_in_single_precision_survives_narrow_components_far_away(noise):
+    logits, mean, x = randn(noise, 50), 8 + randn(noise, 50, 40), 8 + randn(noise, 20, 40)
+    log_var = -5 + randn(noise, 50, 40)
+    narrow = GaussianMixture(logits.float(), mean.float(), log_var.float())
+    exact = GaussianMixture(*(part.double() for part in narrow)).log_prob(x.float().double())
+    torch.testing.assert_close(narrow.log_prob(x.float()).double(), exact, rtol=1e-6, atol=0)
+
+
 def test_mixture_samples_have_its_mean_and_covariance(noise):
     q = mixture([0.2, 0.8], [-3.0, 1.0], [0.5, 2.0])
     x = q.sample(200_000, noise)

@@ -158,6 +158,7 @@ def test_initialisations_have_the_scale_that_their_papers_give():
         assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
     for layer, fan_in in zip(weights("he_normal"), (784, 200), strict=True):
         assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.01)
+    assert weights("normal")[0].weight.std().item() == pytest.approx(0.01, rel=0.01)
     assert weights("glorot_uniform")[0].bias.abs().max() == 0 == weights("he_normal")[0].bias.abs().max()
     bound = 1 / math.sqrt(784)
     assert 0.999 * bound < weights("torch")[0].weight.abs().max() <= bound
