@@ -1,0 +1,100 @@
+"""The latent-size experiment: its protocol, its curves, and its claims on made-up results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from experiments.aevb_latent_size.experiment import PUBLISHED, claims, curve, gap, log_grid, measure_run, paired, table
+from vae.cli import CONFIGS
+from vae.run import evaluate, train
+
+
+def made_up(epochs: int = 300) -> dict:
+    """What a reproduction that lands on the published numbers would have measured."""
+    runs = {
+        str(size): [
+            {"elbo": -p.others + 0.1 * seed, "train_elbo": -p.others + 1.5, "rate": 20.0, "active_units": float(size)}
+            for seed in range(3)
+        ]
+        for size, p in PUBLISHED.items()
+    }
+    elbo = {size: -p.others for size, p in PUBLISHED.items()}
+    gains = {f"{a} -> {b}": {"mean": elbo[b] - elbo[a], "se": 0.1} for a, b in ((3, 10), (10, 20), (20, 200))}
+    return {"runs": runs, "gains": gains, "epochs": epochs}
+
+
+def verdicts(results: dict) -> dict[str, bool]:
+    return {claim.name: claim.holds for claim in claims(results)}
+
+
+def test_the_published_numbers_pass_every_claim():
+    assert all(verdicts(made_up()).values())
+    assert len(verdicts(made_up())) == 4 + 1 + 5
+    assert len(verdicts(made_up(epochs=24))) == 4  # what only long training reaches is not claimed of short
+    assert table(made_up()).rows[0][:4] == ("3", "~140", "141.30 ± 0.40", "141.20 ± 0.10")
+
+
+@pytest.mark.parametrize(
+    ("gain", "value", "name"),
+    [
+        ("3 -> 10", 14.9, "10 latents are far better than 3"),
+        ("10 -> 20", 1.9, "20 are better than 10"),
+        ("20 -> 200", -4.1, "200 are neither much better nor much worse than 20"),
+        ("20 -> 200", 4.1, "200 are neither much better nor much worse than 20"),
+    ],
+)
+def test_a_gap_that_is_missing_is_told(gain, value, name):
+    results = made_up()
+    results["gains"][gain]["mean"] = value
+    assert [claim for claim, holds in verdicts(results).items() if not holds] == [name]
+
+
+def test_overfitting_is_told():
+    results = made_up()
+    for run in results["runs"]["200"]:
+        run["train_elbo"] += 1.2
+    assert gap(results, 200) - gap(results, 20) == pytest.approx(1.2)
+    (name,) = [name for name, holds in verdicts(results).items() if not holds]
+    assert name.startswith("superfluous latents do not overfit")
+
+
+def test_a_wrong_order_and_a_wrong_number_are_told():
+    results = made_up()
+    results["runs"]["20"][1]["elbo"] = results["runs"]["10"][1]["elbo"] - 0.01
+    failed = [name for name, holds in verdicts(results).items() if not holds]
+    assert failed == ["every larger latent space is better, in every seed", "-ELBO of 20 latents"]
+
+
+def test_paired_standard_error():
+    found = paired(torch.tensor([1.0, 3.0, 5.0]))
+    assert found == {"mean": pytest.approx(3.0), "se": pytest.approx(2 / 3**0.5)}
+
+
+def test_the_grid_is_even_in_the_logarithm():
+    grid = list(log_grid(10, 1000, 3))
+    assert grid == pytest.approx([10, 100, 1000])
+
+
+def test_the_configs_are_the_protocol():
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        full, quick = (compose("train", [f"experiment=aevb_latent_size{form}"]) for form in ("", "_quick"))
+    assert full.optimizer._target_ == "torch.optim.Adagrad"
+    assert quick.optimizer._target_ == "torch.optim.Adam"
+    assert (full.network.init, full.trainer.max_epochs) == ("normal", 300)
+    for config in (full, quick):
+        assert (list(config.network.hidden), config.network.activation) == ([500], "tanh")
+        assert (config.data.binarize, config.data.batch_size) == ("static", 100)
+        assert config.optimizer.weight_decay == pytest.approx(1 / 55_000, rel=1e-4)
+
+
+def test_a_run_is_measured_as_the_library_measures_it(tiny, tmp_path):
+    config = tiny("optimizer=adagrad", "trainer.max_epochs=2", "trainer.log_every_n_steps=2", "data.binarize=static")
+    train(config, tmp_path, [], progress_bar=False)
+    found, expected = measure_run(tmp_path), evaluate(tmp_path)
+    assert found["elbo"].item() == pytest.approx(expected["test/elbo"], rel=1e-6)
+    assert found["train_elbo"].item() == pytest.approx(evaluate(tmp_path, "train")["train/elbo"], rel=1e-6)
+    seen = curve(tmp_path, 32)
+    assert seen["images"] == [64, 128]
+    assert len(seen["validation"]) == len(seen["train"]) == 2
