@@ -118,7 +118,8 @@ class Table:
     def markdown(self) -> str:
         """For a README."""
         rule = ["---"] + ["---:" if self.numbers else "---"] * (len(self.columns) - 1)
-        lines = [self.columns, rule, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
+        head, *rows = ([cell.replace("|", "\\|") for cell in line] for line in (self.columns, *self.rows))
+        lines = [head, rule, *rows]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

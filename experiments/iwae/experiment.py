@@ -42,7 +42,7 @@ SETTINGS = {
         "epochs": 8,
         "batch_size": 100,
         "lr_schedule": "exponential",
-        "images": 300,
+        "images": 500,
         "samples": 1000,
     },
     "full": {
