@@ -570,8 +570,17 @@ def draw_beta(ax, results: dict[str, Any]) -> None:
         betas = [0.008 * 400 ** (i / 40) for i in range(41)]
         ax.plot(betas, [predicted_kl(results["reference"], method, beta) for beta in betas], color=colour, lw=0.9)
         ax.axhline(mean(curve(results, method)[0.0], "kl"), color=colour, lw=0.9, ls=(0, (1, 2)))
+    lowest = min(mean(curve(results, method)[0.0], "kl") for method in METHODS)
     ax.annotate(
-        "dotted: beta 0", (0.98, 0.9), xycoords="axes fraction", ha="right", va="top", fontsize=7.5, color="#667080"
+        "dotted: beta 0",
+        (0.98, lowest),
+        (0, -4),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=7.5,
+        color="#667080",
     )
     ax.set(
         xscale="log",
