@@ -443,4 +443,4 @@ def draw_images(ax: Axes, images: dict) -> None:
     ax.plot(x.mean(), y.mean(), "D", color=DARK, ms=7, mec="white", ls="none", label="mean")
     ax.set(xlim=(min(0, 1.1 * x.min()), right), ylim=(min(0, 1.1 * y.min()), top))
     ax.set(xlabel="approximation gap, nats", ylabel="amortisation gap, nats")
-    ax.legend(loc="upper right", fontsize=8)
+    ax.legend(loc="upper left", fontsize=8)
