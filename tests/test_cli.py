@@ -79,6 +79,9 @@ def test_a_run_is_trained_evaluated_again_and_resumed_by_command(tmp_path):
     resumed = run("vae.train", "run=here", "resume=true", "trainer.max_epochs=2", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((tmp_path / "here" / "status.json").read_text())["epochs"] == 2
+    nothing = run("vae.train", "run=nowhere", "resume=true", cwd=tmp_path)
+    assert nothing.stderr == "Error: There is no run to go on with in run=nowhere: it has no config.yaml.\n"
+    assert not (tmp_path / "nowhere").exists()
     refused = run("vae.evaluate", "run=here", "split=tset", cwd=tmp_path)
     assert refused.returncode == 1
     assert refused.stderr == "Error: split='tset' is unknown: choose train, val or test.\n"
@@ -116,6 +119,8 @@ def test_runs_killed_at_random_steps_and_resumed_end_bit_identical(tmp_path):
     import random
     import time
 
+    import torch
+
     settings = [
         "data.batch_size=16",
         "trainer.max_epochs=40",
@@ -152,10 +157,14 @@ def test_runs_killed_at_random_steps_and_resumed_end_bit_identical(tmp_path):
         if (tmp_path / "cut" / "metrics.json").is_file():
             break
     cut = json.loads((tmp_path / "cut" / "metrics.json").read_text())
-    assert kills >= 10
+    assert kills == 20
     assert {k: v for k, v in cut.items() if "seconds" not in k} == {
         k: v for k, v in whole.items() if "seconds" not in k
     }
+    one, other = (torch.load(tmp_path / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("whole", "cut"))
+    assert one["global_step"] == other["global_step"] == 800
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
 
 
 @pytest.fixture

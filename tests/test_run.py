@@ -236,9 +236,11 @@ def test_only_a_longer_run_of_the_same_config_continues():
 
 
 def test_resuming_takes_the_stored_config_and_plain_changes(tiny, tmp_path):
-    trained(tiny("objective.beta=2"), tmp_path)
-    config = resumed_config(tmp_path, [f"run={tmp_path}", "resume=true", "trainer.max_epochs=4"])
-    assert (config.objective.beta, config.trainer.max_epochs) == (2, 4)
+    train(tiny("objective.beta=2"), tmp_path, ["objective.beta=2", "trainer.max_epochs=1"], progress_bar=False)
+    more = [f"run={tmp_path}", "resume=true", "trainer.max_epochs=4", "progress_bar=false"]
+    config, overrides = resumed_config(tmp_path, more)
+    assert (config.objective.beta, config.trainer.max_epochs, config.progress_bar) == (2, 4, False)
+    assert overrides == ["objective.beta=2", "trainer.max_epochs=4"]  # by which its sweep's report knows the run
     with pytest.raises(VAEError, match="network=conv cannot be changed"):
         resumed_config(tmp_path, ["network=conv"])
 

@@ -20,6 +20,8 @@ CONFIGS = next(
     str(path) for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir()
 )
 
+TRANSIENT = {"run", "resume", "progress_bar"}  # options of a command, not of the run that it makes
+
 
 def run_folder(chosen: str | None, name: str) -> str:
     """The folder of a run or sweep: the chosen one, or a new runs/NAME/TIME that no other process has."""

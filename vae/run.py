@@ -28,6 +28,7 @@ from vae.build import build, instantiate
 from vae.callbacks.progress import Progress
 from vae.callbacks.records import HyperParameters
 from vae.checkpoints import CheckpointIO, load_weights
+from vae.cli import TRANSIENT
 from vae.data.images import Splits
 from vae.data.module import ImageDataModule
 from vae.errors import VAEError
@@ -46,6 +47,7 @@ for _noise in (
     ".*`isinstance.treespec, LeafSpec.`.*",
     ".*Checkpoint directory.*exists.*",
     ".*logs directory.*exists and is not empty.*",
+    ".*could not find the monitored key.*",  # before the first validation after resuming; later it is an error
 ):
     warnings.filterwarnings("ignore", _noise)
 
@@ -183,9 +185,6 @@ def train(
     return best_loss(metrics)
 
 
-TRANSIENT = ("run", "resume", "progress_bar")  # of a command, not of the run that it makes
-
-
 @contextlib.contextmanager
 def only_process(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the system releases it however the process ends."""
@@ -278,23 +277,25 @@ def read_config(folder: Path) -> DictConfig:
         raise VAEError(f"{path} is damaged and cannot be read ({type(error).__name__}).") from error
 
 
-def resumed_config(folder: Path, overrides: list[str]) -> DictConfig:
-    """The config that a run was started with, with plain `key=value` overrides of the resuming command on top.
+def resumed_config(folder: Path, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """The config that a run was started with, plain `key=value` overrides of the resuming command on top; and the
+    overrides that both commands named.
 
     Raises VAEError for an override that the run's config has no place for.
     """
-    config = read_config(folder)
+    config = OmegaConf.merge(read_config(folder), {"progress_bar": True})
+    stored = folder / "overrides.yaml"
+    named = dict.fromkeys(OmegaConf.to_container(OmegaConf.load(stored)) if stored.is_file() else [])
     for override in overrides:
         name, _, value = override.partition("=")
-        if name in TRANSIENT:
-            continue
-        if name not in settings(config):
+        if name not in settings(config) and name not in TRANSIENT:
             raise VAEError(
                 f"{override} cannot be changed on resuming: only values that {folder}/config.yaml holds can."
             )
         OmegaConf.update(config, name, yaml.safe_load(value))
-    config.resume, config.progress_bar = True, True
-    return config
+        if name not in TRANSIENT:
+            named = {old: None for old in named if old.partition("=")[0] != name} | {override: None}
+    return config, list(named)
 
 
 def read_metrics(folder: Path) -> dict[str, float]:

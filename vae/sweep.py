@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
-from vae.cli import sentences
+from vae.cli import TRANSIENT, sentences
 from vae.errors import VAEError
 
 
@@ -22,6 +22,7 @@ class SweepCallback(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         refuse_used_folder(config)
+        refuse_nothing_to_resume(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         refuse_used_folder(config)
@@ -55,3 +56,14 @@ def refuse_used_folder(config: DictConfig) -> None:
     with sentences():
         if config.run and not config.resume and Path(config.run).is_dir() and any(Path(config.run).iterdir()):
             raise VAEError(f"{config.run} exists already: add resume=true to go on with it, or choose another folder.")
+
+
+def refuse_nothing_to_resume(config: DictConfig) -> None:
+    """Exit with a sentence if `resume` is all that was asked for, of a folder that holds no run.
+
+    A command that says what to train starts where nothing is: it may have been killed before it wrote its config.
+    """
+    names = {override.partition("=")[0] for override in config.hydra.overrides.task}
+    with sentences():
+        if config.resume and names <= TRANSIENT and not Path(config.run or "", "config.yaml").is_file():
+            raise VAEError(f"There is no run to go on with in run={config.run}: it has no config.yaml.")

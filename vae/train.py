@@ -25,9 +25,10 @@ def main(config: DictConfig) -> float:
     overrides = list(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.RUN:
         with sentences():
-            if config.resume:
-                config = resumed_config(folder, overrides)
-            loss = train(config, folder, overrides, config.resume)
+            resume = config.resume
+            if resume and (folder / "config.yaml").is_file():
+                config, overrides = resumed_config(folder, overrides)
+            loss = train(config, folder, overrides, resume)
         log.info(f"Finished: best validation loss {loss:.4f} nats. Run folder: {folder}")
         return loss
     # One failed run must not end a sweep: it is recorded in its folder, and the report and the exit code tell.
