@@ -6,24 +6,24 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.loops.optimization.automatic import _AutomaticOptimization
+from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
 from vae.errors import VAEError
-from vae.lean import Compile, PlainStep
+from vae.lean import Compile, LeanLoop
 from vae.run import build, build_trainer
-
-HOOKS = (
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
 
 
 class Witness(pl.Callback):
+    """Notes each hook it is called in, and logs a number at some steps, as a callback of anyone's may."""
+
     def __init__(self):
         self.seen = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, number):
+        self.seen.append(("on_train_batch_end", module._current_fx_name, trainer.global_step, number, outputs["loss"]))
+        if number % 2:
+            self.log("witness", float(number))
 
 
 def note(name):
@@ -33,37 +33,53 @@ def note(name):
     return hook
 
 
-for hook_name in HOOKS:
+for hook_name in set(LeanLoop.HOOKS) - {"on_train_batch_end"}:
     setattr(Witness, hook_name, note(hook_name))
 
 
-def trained(config, folder, lean, **options):
+class Written(DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def log_metrics(self, metrics, step=None):
+        self.seen.append((step, metrics))
+
+
+def trained(config, folder, lean, plain=True, **options):
     for name, value in options.items():
         OmegaConf.update(config, f"trainer.{name}", value, force_add=True)
     data, module = build(config)
     trainer = build_trainer(config, folder)
-    assert type(trainer.fit_loop.epoch_loop.automatic_optimization) is PlainStep
+    assert type(trainer.fit_loop.epoch_loop) is LeanLoop
     if not lean:
-        trainer.fit_loop.epoch_loop.automatic_optimization = _AutomaticOptimization(trainer)
+        trainer.fit_loop.epoch_loop = _TrainingEpochLoop(trainer, max_steps=trainer.max_steps)
     witness = Witness()
     trainer.callbacks.append(witness)
+    trainer.loggers = [Written()]
     trainer.fit(module, data)
+    if lean:
+        assert trainer.fit_loop.epoch_loop._plain is plain
     return module, trainer, witness
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}, {"precision": "bf16-mixed"}], ids=str)
 def test_the_lean_step_is_lightnings_step(tiny, tmp_path, options):
-    own, lean = (trained(tiny(), tmp_path / str(lean), lean, **options) for lean in (False, True))
+    settings = {"max_epochs": 3, "log_every_n_steps": 2, **options}
+    own, lean = (trained(tiny("data.batch_size=10"), tmp_path / str(lean), lean, **settings) for lean in (False, True))
     for name, weight in own[0].state_dict().items():
         assert torch.equal(weight, lean[0].state_dict()[name]), name
     assert own[1].global_step == lean[1].global_step > 0
     assert own[2].seen == lean[2].seen
-    assert own[1].callback_metrics.keys() == lean[1].callback_metrics.keys()
+    assert own[1].callback_metrics == lean[1].callback_metrics
+    assert own[1].logger.seen == lean[1].logger.seen
+    assert any("witness" in metrics for _, metrics in lean[1].logger.seen)
 
 
 def test_what_is_not_plain_is_left_to_lightning(tiny, tmp_path):
     own, lean = (
-        trained(tiny(), tmp_path / str(lean), lean, accumulate_grad_batches=2)[0].state_dict() for lean in (False, True)
+        trained(tiny(), tmp_path / str(lean), lean, plain=False, accumulate_grad_batches=2)[0].state_dict()
+        for lean in (False, True)
     )
     assert all(torch.equal(own[name], lean[name]) for name in own)
 

@@ -39,6 +39,7 @@ class VAEModule(pl.LightningModule):
         self.vae, self.objective = vae, objective
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.nll_samples = nll_samples
+        self.logged = False  # anything, by this module or a callback, since the loop last looked
         self.steps = 0  # batches trained on; unlike Lightning's counter, one a batch whatever the optimisers do
         self.kl_per_dimension: Tensor | None = None  # of the last validation, for pictures
         self.epoch_means = Means()  # of the training terms, over the current or last epoch
@@ -46,11 +47,15 @@ class VAEModule(pl.LightningModule):
         self._open: list[dict[str, Tensor]] = []  # the terms of the steps that are in neither mean yet
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning notes the hook that it is in forty times a step, and an nn.Module takes its time over each.
-        if name == "_current_fx_name":
+        # set several times a step, and an nn.Module takes its time over each
+        if name in ("_current_fx_name", "logged", "steps"):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        self.logged = True
+        super().log(*args, **kwargs)
 
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = [{"params": list(self.vae.parameters())}]
