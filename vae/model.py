@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,28 @@ class Posterior(Protocol):
     def log_prob(self, z: Tensor) -> Tensor: ...
 
 
-class VAEOutput(NamedTuple):
+class Halves:
+    """The two halves of a negative ELBO, `distortion` and `rate`, each (*S, B) in nats, and their means.
+
+    The means are taken once, because losses and what is logged beside them both need them.
+    """
+
+    distortion: Tensor
+    rate: Tensor
+
+    @cached_property
+    def mean_distortion(self) -> Tensor:
+        """Over the images and the draws, 0-dim."""
+        return self.distortion.mean()
+
+    @cached_property
+    def mean_rate(self) -> Tensor:
+        """Over the images and the draws, 0-dim."""
+        return self.rate.mean()
+
+
+@dataclass
+class VAEOutput(Halves):
     """One pass of images through the model. S stands for the sample shape, () unless several z were asked for.
 
     posterior: q(z|x) of each image; z (*S, B, D); distortion = -log p(x|z), (*S, B); kl: KL(q(z|x) || p(z)) in nats,
@@ -41,7 +64,7 @@ class VAEOutput(NamedTuple):
     distortion: Tensor
     kl: Tensor
 
-    @property
+    @cached_property
     def rate(self) -> Tensor:
         """KL(q(z|x) || p(z)) an image, in nats."""
         return self.kl.sum(-1)
@@ -94,7 +117,8 @@ class VAE(nn.Module):
             inputs.append(x)
         if self.num_classes:
             inputs.append(y.expand(z.shape[:-1]).flatten())
-        return self.decoder(*inputs).unflatten(0, z.shape[:-1])
+        params = self.decoder(*inputs)
+        return params if z.ndim == 2 else params.unflatten(0, z.shape[:-1])
 
     def forward(
         self, x: Tensor, generator: torch.Generator, y: Tensor | None = None, sample_shape: tuple[int, ...] = ()

@@ -1,6 +1,6 @@
 import gzip
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vae.beta import GECO, ControlVAE, Linear
 from vae.errors import VAEError
 from vae.kl import gaussian_kl_to_standard_normal
+from vae.model import Halves
 from vae.objectives.capacity import Capacity, FreeBits
 from vae.objectives.elbo import BetaVAE
 from vae.seeding import generator
@@ -77,7 +78,8 @@ def test_a_group_of_dimensions_shares_its_floor():
 # --- where training settles: the exact rate-distortion curve of a linear-Gaussian model -----------------------------------
 
 
-class Pass(NamedTuple):
+@dataclass
+class Pass(Halves):
     distortion: Tensor
     rate: Tensor
     kl: Tensor

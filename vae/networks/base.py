@@ -54,13 +54,21 @@ class ImageDecoder(nn.Module):
         super().__init__()
         self.body, self.num_classes = body, num_classes
         self.output_bias = nn.Parameter(torch.zeros(output_shape))
+        # then the bias is added by the layer itself, which saves a pass over all pixels
+        self._ends_dense = isinstance(body, nn.Sequential) and type(body[-1]) is nn.Linear and body[-1].bias is None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return tuple(self.output_bias.shape[1:])
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.body(with_label(z, y, self.num_classes)).reshape(-1, *self.output_bias.shape) + self.output_bias
+        hidden = with_label(z, y, self.num_classes)
+        if not self._ends_dense:
+            return self.body(hidden).reshape(-1, *self.output_bias.shape) + self.output_bias
+        *layers, last = self.body
+        for layer in layers:
+            hidden = layer(hidden)
+        return F.linear(hidden, last.weight, self.output_bias.flatten()).unflatten(-1, self.output_bias.shape)
 
 
 def set_output_bias(decoder: ImageDecoder, bias: Tensor) -> None:

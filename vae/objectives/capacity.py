@@ -36,7 +36,7 @@ class Capacity(Objective):
     def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         out = vae(batch.x, generator, batch.y)
         capacity = self.capacity * self.multiplier(step)
-        loss = out.distortion.mean() + self.gamma * (out.rate.mean() - capacity).abs()
+        loss = out.mean_distortion + self.gamma * (out.mean_rate - capacity).abs()
         return self.named_terms(loss, out, capacity=capacity)
 
 
@@ -74,5 +74,5 @@ class FreeBits(Objective):
         weight = self.weight(step)
         kl = out.kl.mean(0)
         of_groups = kl if self.groups is None else kl.unflatten(0, (self.groups, -1)).sum(-1)
-        loss = out.distortion.mean() + weight * torch.maximum(of_groups, self.free_nats).sum()
+        loss = out.mean_distortion + weight * torch.maximum(of_groups, self.free_nats).sum()
         return self.named_terms(loss, out, beta=weight)

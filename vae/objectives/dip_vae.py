@@ -60,7 +60,7 @@ class DIPVAEI(Objective):
         off_diagonal = (c - torch.diag(variances)).square().sum()
         regulariser = self.lambda_od * off_diagonal + self.lambda_d * diagonal
         return self.named_terms(
-            out.distortion.mean() + weight * out.rate.mean() + regulariser,
+            out.mean_distortion + weight * out.mean_rate + regulariser,
             out,
             off_diagonal=off_diagonal.detach(),
             diagonal=diagonal.detach(),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vae.beta import Constant
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
-from vae.model import VAE, VAEOutput
+from vae.model import VAE, Halves, VAEOutput
 from vae.seeding import generator
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class Objective(nn.Module):
         """The weight on the KL at a training step, 0-dim; outside training, where the schedule ends."""
         return self.beta * self.multiplier(step)
 
-    def named_terms(self, loss: Tensor, out: VAEOutput, **more: Tensor) -> dict[str, Tensor]:
+    def named_terms(self, loss: Tensor, out: Halves, **more: Tensor) -> dict[str, Tensor]:
         """The loss beside the two halves of the ELBO; a feedback controller is told of them while training."""
-        distortion, rate = out.distortion.detach().mean(), out.rate.detach().mean()
+        distortion, rate = out.mean_distortion.detach(), out.mean_rate.detach()
         if self.training:
             self.schedule.observe(rate=rate, distortion=distortion)
         return {"loss": loss, "elbo": -(distortion + rate), "distortion": distortion, "rate": rate, **more}
@@ -69,7 +69,7 @@ class BetaVAE(Objective):
     def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         out = vae(batch.x, generator, batch.y)
         weight = self.weight(step)
-        loss = out.distortion.mean() + weight * out.rate.mean()
+        loss = out.mean_distortion + weight * out.mean_rate
         return self.named_terms(loss, out, beta=weight)
 
 

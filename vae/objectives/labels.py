@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from vae.errors import VAEError
 from vae.kl import kl_categorical
-from vae.model import VAE
+from vae.model import VAE, Halves
 from vae.networks.base import dense_layers
 from vae.objectives.elbo import BetaVAE, Objective, require_not_negative
 
@@ -33,8 +34,9 @@ class CVAE(BetaVAE):
             raise VAEError("CVAE needs the label of every image: leave data.labelled out, or use objective=m2.")
 
 
-class Parts(NamedTuple):
-    """The two halves of an ELBO, 0-dim."""
+@dataclass
+class Parts(Halves):
+    """Those of images some of which have no label: (B,), or 0-dim of a batch."""
 
     distortion: Tensor
     rate: Tensor
@@ -97,7 +99,10 @@ class M2(Objective):
         unlabelled = self.unlabelled(vae, batch.x[unknown], logits[unknown], generator)
 
         f = self.labelled_fraction
-        both = Parts(*((1 - f) * _mean(u) + f * _mean(l) for u, l in zip(unlabelled, labelled, strict=True)))
+        both = Parts(
+            (1 - f) * _mean(unlabelled.distortion) + f * _mean(labelled.distortion),
+            (1 - f) * _mean(unlabelled.rate) + f * _mean(labelled.rate),
+        )
         classification = _mean(F.cross_entropy(logits[known], y, reduction="none"))
         weight = self.weight(step)
         loss = both.distortion + weight * both.rate + self.alpha * classification

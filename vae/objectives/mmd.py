@@ -104,7 +104,7 @@ class InfoVAE(Objective):
         out = self.encode_and_decode(vae, batch, generator)
         mmd = self.mmd(vae, out.z, generator)
         weight = (1 - self.alpha) * self.multiplier(step)
-        loss = out.distortion.mean() + weight * out.rate.mean() + (self.alpha + self.lambda_mmd - 1) * mmd
+        loss = out.mean_distortion + weight * out.mean_rate + (self.alpha + self.lambda_mmd - 1) * mmd
         return self.named_terms(loss, out, mmd=mmd.detach(), beta=weight)
 
 

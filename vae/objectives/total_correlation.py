@@ -130,11 +130,11 @@ class BetaTCVAE(Objective):
         log_q = pairwise_log_prob(out.posterior, out.z)
         parts = self.parts(log_q, self.sampling)
         penalty = (
-            self.gamma * out.rate.mean()
+            self.gamma * out.mean_rate
             + (self.alpha - self.gamma) * parts.mutual_information
             + (self.beta - self.gamma) * parts.total_correlation
         )
-        loss = out.distortion.mean() + self.multiplier(step) * penalty
+        loss = out.mean_distortion + self.multiplier(step) * penalty
 
         shown = self.parts(log_q.detach(), "stratified")
         terms = self.named_terms(
@@ -209,7 +209,7 @@ class FactorVAE(Objective):
 
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         total_correlation = torch.func.functional_call(self.discriminator, fixed, out.z).mean()
-        loss = out.distortion.mean() + weight * out.rate.mean() + self.gamma * total_correlation
+        loss = out.mean_distortion + weight * out.mean_rate + self.gamma * total_correlation
 
         own = self.discriminator_loss(out.z.detach(), generator)
         return self.named_terms(

@@ -59,5 +59,5 @@ class AdaGVAE(Objective):
         posterior = DiagonalGaussian(*map(torch.cat, zip(a, b, strict=True)))
         out = vae.measure(x, posterior, posterior.rsample(generator))
         weight = self.weight(step)
-        loss = out.distortion.mean() + weight * out.rate.mean()
+        loss = out.mean_distortion + weight * out.mean_rate
         return self.named_terms(loss, out, shared=shared.sum(-1).to(loss).mean(), beta=weight)
