@@ -112,6 +112,9 @@ def test_parallel_jobs_give_the_same_metrics_as_one_after_another(tmp_path):
         assert {k: v for k, v in one.items() if "seconds" not in k} == {
             k: v for k, v in many.items() if "seconds" not in k
         }
+        for name in ("one", "many"):
+            recorded = json.loads((tmp_path / name / folder.name / "environment.json").read_text())["command"]
+            assert recorded.startswith("python -m vae.train -m data.limit=64") and recorded.endswith(f"run={name}")
 
 
 @pytest.mark.slow

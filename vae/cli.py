@@ -6,7 +6,9 @@ import contextlib
 import datetime
 import hashlib
 import itertools
+import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +51,19 @@ def run_name(overrides: str, number: int) -> str:
 # parallel sweep import this module but never run an entry point.
 OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
+def command_line() -> str:
+    """What this process was started with; in a worker process, what its parent was, if that has called this too."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None:
+        words = sys.argv
+    elif spec.name.startswith("joblib."):
+        return os.environ.get("VAE_COMMAND", "unknown")
+    else:
+        words = ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    os.environ["VAE_COMMAND"] = shlex.join(["python", *words])
+    return os.environ["VAE_COMMAND"]
 
 
 @contextlib.contextmanager

@@ -129,9 +129,13 @@ class VAEModule(pl.LightningModule):
         self._totals, self._terms = ELBOTotals(), Means()
 
     def _measure(self, batch: Batch) -> None:
-        noise = generator(batch.seed, "z", device=batch.x.device)
-        self._terms.add(self.objective(self.vae, batch, noise, self.steps), weight=len(batch.x))
-        self._totals.update(self.vae, batch)
+        out = self._totals.update(self.vae, batch)
+        if self.objective.is_of_one_pass:
+            terms = self.objective.of_pass(out, self.steps)
+        else:
+            noise = generator(batch.seed, "z", device=batch.x.device)
+            terms = self.objective(self.vae, batch, noise, self.steps)
+        self._terms.add(terms, weight=len(batch.x))
 
     def _measured(self) -> dict[str, Any]:
         """The objective's own terms, and over them what is measured alike for every objective."""

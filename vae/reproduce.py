@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vae.cli import CONFIGS, sentences
+from vae.cli import CONFIGS, command_line, sentences
 from vae.errors import VAEError
 from vae.files import write_atomically, write_json, write_text
 
@@ -484,6 +484,7 @@ def main(arguments: Sequence[str] | None = None, checkout: Path = Path()) -> int
     options = parser.parse_args(arguments)
     if bool(options.name) == options.list:
         parser.error("give the name of an experiment, or --list")
+    command_line()  # for the processes that runs may be given to
     from rich.console import Console
 
     console = Console()

@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,7 @@ from vae.build import build, instantiate
 from vae.callbacks.progress import Progress
 from vae.callbacks.records import HyperParameters
 from vae.checkpoints import CheckpointIO, load_weights
-from vae.cli import TRANSIENT
+from vae.cli import TRANSIENT, command_line
 from vae.data.images import Splits
 from vae.data.module import ImageDataModule
 from vae.errors import VAEError
@@ -390,15 +389,9 @@ def environment() -> dict[str, Any]:
         "git_commit": commit,
         "device": device,
         "cores": os.cpu_count(),
-        "command": " ".join(["python", *_command()]),
+        "command": command_line(),
         "date": _now(),
     }
-
-
-def _command() -> list[str]:
-    main = sys.modules.get("__main__")
-    spec = getattr(main, "__spec__", None)
-    return ["-m", spec.name, *sys.argv[1:]] if spec is not None else sys.argv
 
 
 def _now() -> str:

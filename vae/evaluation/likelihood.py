@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vae.model import VAE
+from vae.model import VAE, VAEOutput
 from vae.seeding import generator
 
 if TYPE_CHECKING:
@@ -37,13 +37,14 @@ class ELBOTotals:
             self.sums[name] = self.sums.get(name, 0) + value.double().sum(0)
 
     @torch.no_grad()
-    def update(self, vae: VAE, batch: Batch) -> None:
-        """Add a prepared batch, with one z an image."""
+    def update(self, vae: VAE, batch: Batch) -> VAEOutput:
+        """Add a prepared batch, with one z an image; returns its pass through the model."""
         out = vae(batch.x, generator(batch.seed, "z", device=batch.x.device), batch.y)
         mean = out.posterior.mean
         self.images += len(batch.x)
         self._add(distortion=out.distortion, rate=out.rate, kl=out.kl, mean=mean, mean_square=mean.double().square())
         self.pixels = batch.x[0].numel()
+        return out
 
     def kl_per_dimension(self) -> Tensor:
         """Mean KL of each latent dimension, (D,), in nats; a single entry where the KL is only estimated."""

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from vae.beta import Schedule
 from vae.errors import VAEError
-from vae.model import VAE
+from vae.model import VAE, VAEOutput
 from vae.objectives.elbo import Objective, require_kl_per_dimension, require_not_negative
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch, ImageDataModule
+    from vae.data.module import ImageDataModule
 
 
 class Capacity(Objective):
@@ -33,8 +33,7 @@ class Capacity(Objective):
         self.register_buffer("capacity", torch.tensor(float(capacity)))
         self.register_buffer("gamma", torch.tensor(float(gamma)))
 
-    def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
-        out = vae(batch.x, generator, batch.y)
+    def of_pass(self, out: VAEOutput, step: int) -> dict[str, Tensor]:
         capacity = self.capacity * self.multiplier(step)
         loss = out.mean_distortion + self.gamma * (out.mean_rate - capacity).abs()
         return self.named_terms(loss, out, capacity=capacity)
@@ -69,8 +68,7 @@ class FreeBits(Objective):
                 f"{vae.latent_dim} latent dimensions do not make objective.groups={self.groups} equal groups."
             )
 
-    def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
-        out = vae(batch.x, generator, batch.y)
+    def of_pass(self, out: VAEOutput, step: int) -> dict[str, Tensor]:
         weight = self.weight(step)
         kl = out.kl.mean(0)
         of_groups = kl if self.groups is None else kl.unflatten(0, (self.groups, -1)).sum(-1)

@@ -60,14 +60,21 @@ class Objective(nn.Module):
         return {"loss": loss, "elbo": -(distortion + rate), "distortion": distortion, "rate": rate, **more}
 
     def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
-        raise TypeError(f"{type(self).__name__} does not say what it minimises: it must define forward().")
+        return self.of_pass(vae(batch.x, generator, batch.y), step)
+
+    def of_pass(self, out: VAEOutput, step: int) -> dict[str, Tensor]:
+        """The terms of an objective that needs one pass of the batch and nothing else; any other defines forward()."""
+        raise TypeError(f"{type(self).__name__} does not say what it minimises: it must define forward() or of_pass().")
+
+    @property
+    def is_of_one_pass(self) -> bool:
+        return type(self).forward is Objective.forward
 
 
 class BetaVAE(Objective):
     """distortion + beta * rate: the negative ELBO at beta = 1 (Kingma & Welling 2014), Higgins et al. 2017 otherwise."""
 
-    def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
-        out = vae(batch.x, generator, batch.y)
+    def of_pass(self, out: VAEOutput, step: int) -> dict[str, Tensor]:
         weight = self.weight(step)
         loss = out.mean_distortion + weight * out.mean_rate
         return self.named_terms(loss, out, beta=weight)
