@@ -8,7 +8,7 @@ QUICK ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep train evaluate report reproduce reproduce-list bench tensorboard test test-all lint clean
+.PHONY: help setup sweep train evaluate report reproduce reproduce-list bench bench-peers tensorboard test test-all lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ reproduce-list: setup  ## all experiments, with their last verdicts and cost
 
 bench: setup  ## speed against a bare PyTorch loop, a sweep, how cost grows; on an idle machine, about a quarter of an hour
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-peers: setup  ## the same for pythae and an ordinary Lightning set-up; installs pythae in an environment of its own
+	$(BIN)/python benchmarks/peers.py $(ARGS)
 
 tensorboard: setup  ## open what was logged, on localhost; RUN=folder (default: all)
 	$(BIN)/tensorboard --logdir '$(RUN)' --host 127.0.0.1

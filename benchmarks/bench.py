@@ -119,10 +119,68 @@ def largest_difference(net: str, overrides: list[str], steps: int = 20) -> float
     return difference
 
 
+class InTurn:
+    """Epochs of the bare loop and of another, one after the other in one process; what both took, warm-up left out.
+
+    Call `bare_turn` before and `end` after each of the other's epochs. Times are (seconds, CPU seconds of the process).
+    """
+
+    def __init__(self, bare_epoch: Callable[[], None]) -> None:
+        self.bare_epoch = bare_epoch
+        self.bare: list[tuple[float, float]] = []
+        self.other: list[tuple[float, float]] = []
+
+    @staticmethod
+    def now() -> tuple[float, float]:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+    def bare_turn(self) -> None:
+        start = self.now()
+        self.bare_epoch()
+        self.since = self.now()
+        self.bare.append((self.since[0] - start[0], self.since[1] - start[1]))
+
+    def end(self) -> None:
+        end = self.now()
+        self.other.append((end[0] - self.since[0], end[1] - self.since[1]))
+
+    def callback(self) -> Any:
+        """Takes turns with a Lightning Trainer. Its validation, which happens within an epoch, is no part of training."""
+        import pytorch_lightning as pl
+
+        turns = self
+
+        class Turns(pl.Callback):
+            def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+                turns.bare_turn()
+
+            def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+                turns.end()
+
+        return Turns()
+
+    def measured(self, steps: int) -> dict[str, Any]:
+        """Medians over the epochs, in milliseconds a step, and of the ratios of neighbouring epochs."""
+        kept = list(zip(self.bare, self.other, strict=True))[1:]  # the first epoch warms up
+        ratios = sorted(p[0] / b[0] for b, p in kept)
+        return {
+            "bare_ms": 1e3 * statistics.median(b[0] for b, _ in kept) / steps,
+            "project_ms": 1e3 * statistics.median(p[0] for _, p in kept) / steps,
+            "ratio": statistics.median(ratios),
+            "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+            "cpu_ratio": statistics.median(p[1] / b[1] for b, p in kept),
+            "repetitions": len(kept),
+            "steps": steps,
+        }
+
+
 def compare_steps(net: str, overrides: list[str], repetitions: int, device: str) -> dict[str, float]:
     """Milliseconds a training step of both loops, epochs in turn within one process; medians over the repetitions."""
     import bare
-    import pytorch_lightning as pl
     import torch
 
     from vae.run import build, build_trainer, set_threads
@@ -142,43 +200,12 @@ def compare_steps(net: str, overrides: list[str], repetitions: int, device: str)
     noise = torch.Generator(device).manual_seed(0)
     dynamic = data.binarize == "dynamic"
 
-    def now() -> tuple[float, float]:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter(), time.process_time()
-
-    class InTurn(pl.Callback):
-        def __init__(self) -> None:
-            self.bare: list[tuple[float, float]] = []
-            self.project: list[tuple[float, float]] = []
-
-        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-            start = now()
-            bare.epoch(model, images, data.batch_size, dynamic, noise)
-            self.since = now()
-            self.bare.append((self.since[0] - start[0], self.since[1] - start[1]))
-
-        def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-            end = now()  # Lightning validates within the epoch, which is no part of a training step
-            self.project.append((end[0] - self.since[0], end[1] - self.since[1]))
-
-    turns = InTurn()
+    turns = InTurn(lambda: bare.epoch(model, images, data.batch_size, dynamic, noise))
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(config, Path(folder), progress_bar=True)
-        trainer.callbacks.insert(0, turns)
+        trainer.callbacks.insert(0, turns.callback())
         trainer.fit(module, data)
-    steps = math.ceil(len(images) / data.batch_size)
-    kept = list(zip(turns.bare, turns.project, strict=True))[1:]  # the first epoch warms up
-    ratios = sorted(p[0] / b[0] for b, p in kept)
-    return {
-        "bare_ms": 1e3 * statistics.median(b[0] for b, _ in kept) / steps,
-        "project_ms": 1e3 * statistics.median(p[0] for _, p in kept) / steps,
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-        "cpu_ratio": statistics.median(p[1] / b[1] for b, p in kept),
-        "repetitions": len(kept),
-        "steps": steps,
-    }
+    return turns.measured(math.ceil(len(images) / data.batch_size))
 
 
 def step_section(options: argparse.Namespace) -> dict[str, Any]:
@@ -488,6 +515,19 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
             cpu = f"{row['cpu_ratio']:.3f}" if "cpu_ratio" in row else ""
             rows.append([name, f"{row['bare_ms']:.2f}", f"{row['project_ms']:.2f}", f"{row['ratio']:.3f}", cpu])
         yield "A training step", ["", "bare loop, ms", "project, ms", "ratio", "ratio of CPU time"], rows
+    if peers := results.get("peers"):
+        rows = [
+            [
+                name,
+                f"{row['seconds_an_epoch']:.2f}",
+                f"{row['bare_ms']:.2f}",
+                f"{row['project_ms']:.2f}",
+                f"{row['ratio']:.2f}",
+            ]
+            for name, row in peers.items()
+        ]
+        heads = ["", "seconds an epoch of 55,000", "bare loop, ms a step", "ms a step", "ratio"]
+        yield "784-400-20 on MNIST, batch 128", heads, rows
     if sweep := results.get("sweep"):
         rows = [
             ["bare loop, one after another", f"{sweep['bare_seconds']:.1f}", ""],
