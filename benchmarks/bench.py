@@ -591,7 +591,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)}; all unless said")
     parser.add_argument("--threads", default="auto", help="of a single run; auto: one a core")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs of the sweep side by side")
-    parser.add_argument("--epochs", type=int, default=3, help="of each run of the sweep")
+    parser.add_argument("--epochs", type=int, default=5, help="of each run of the sweep")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""`make bench-peers`: a training epoch of the project, of pythae and of an ordinary Lightning set-up, each against the bare loop.
+"""`make bench-peers`: an epoch of the project, of pythae and of an ordinary Lightning set-up, each against the bare loop.
 
 The same network (784-400-20), data (MNIST, first images), batch (128) and optimiser (Adam 1e-3). Installs pythae in a
 virtual environment of its own, benchmarks/.peers, that borrows PyTorch from this one, and runs there. What differs from the
