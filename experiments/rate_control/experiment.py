@@ -670,7 +670,7 @@ def draw_floor(ax, mlp: dict) -> None:
     ax.annotate(
         f"floor {mlp['free_nats']:g}",
         (place[-1], mlp["free_nats"]),
-        (0, 4),
+        (0, -11),
         textcoords="offset points",
         ha="right",
         fontsize=8,
