@@ -554,18 +554,42 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
         yield "How cost grows", ["", "of what", "seconds", "MiB added", "exponent of time, memory"], rows
 
 
+def conditions(options: argparse.Namespace, load: float) -> dict[str, Any]:
+    """What a section is measured on; load: before its start."""
+    from vae.run import environment
+
+    threads = getattr(options, "threads", "auto")
+    return {**environment(), "threads": os.cpu_count() if threads == "auto" else threads, "load": load}
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """The tables, with what they were measured on."""
-    facts = results["environment"]
-    lines = [
-        f"Measured {facts['date']} on {facts['device']}, {facts['cores']} cores, {facts['threads']} threads a process, "
-        f"torch {facts['torch']}, pytorch-lightning {facts['pytorch_lightning']}, Python {facts['python']}, commit "
-        f"{facts['git_commit']}. Load before the start: {facts['load']:.2f} processes.",
-    ]
-    for title, heads, rows in tables(results):
-        lines += ["", f"**{title}**", "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
-        lines += [f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    """The tables, each with what it was measured on."""
+    lines = []
+    for section, facts in results["environments"].items():
+        for title, heads, rows in tables({section: results[section]}):
+            lines += [f"**{title}**", "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+            lines += [f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows]
+            lines += [
+                "",
+                f"Measured {facts['date']} on {facts['device']}, {facts['cores']} cores, {facts['threads']} threads a process, "
+                f"torch {facts['torch']}, pytorch-lightning {facts['pytorch_lightning']}, Python {facts['python']}, commit "
+                f"{facts['git_commit']}. Load before the start: {facts['load']:.2f} processes.",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def write_results(out: Path, name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """NAME.json and NAME.md: these sections beside what is there of others, all of which are returned."""
+    from vae.files import write_json, write_text
+
+    path = out / f"{name}.json"
+    whole = json.loads(path.read_text()) if path.is_file() else {"environments": {}}
+    environments = {**whole["environments"], **results["environments"]}
+    whole = {**whole, **results, "environments": environments}
+    write_json(path, whole)
+    write_text(out / f"{name}.md", markdown(whole))
+    return whole
 
 
 def show(results: dict[str, Any]) -> None:
@@ -598,25 +622,18 @@ def main() -> None:
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"there is no section {', '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
 
-    load = os.getloadavg()[0]
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"environments": {}}
     for name in (name for name in SECTIONS if name in (options.sections or SECTIONS)):
         print(f"{name} ...", flush=True)
-        start = time.perf_counter()
+        start, load = time.perf_counter(), os.getloadavg()[0]
         results[name] = SECTIONS[name](options)
+        results["environments"][name] = conditions(options, load)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
-    from vae.files import write_json, write_text
-    from vae.run import environment
-
-    threads = os.cpu_count() if options.threads == "auto" else options.threads
-    results = {"environment": {**environment(), "threads": threads, "load": load}, **results}
-    write_json(options.out / "bench.json", results)
-    write_text(options.out / "bench.md", markdown(results))
+    show(write_results(options.out, "bench", results))
     if "growth" in results:
         draw_growth(results["growth"], options.out)
-    show(results)
-    print(f"Written to {options.out}/bench.json and bench.md.")
+    print(f"Written to {options.out}/bench.json and bench.md; sections that were not run now stand there as they were.")
 
 
 if __name__ == "__main__":

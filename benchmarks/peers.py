@@ -167,8 +167,6 @@ def measure(options: argparse.Namespace) -> None:
     import bench
     import torch
 
-    from vae.files import write_json, write_text
-    from vae.run import environment
 
     torch.set_num_threads(os.cpu_count())
     load = os.getloadavg()[0]
@@ -180,10 +178,8 @@ def measure(options: argparse.Namespace) -> None:
     }
     for row in rows.values():
         row["seconds_an_epoch"] = row["project_ms"] / 1e3 * -(-55_000 // BATCH)
-    results = {"environment": {**environment(), "threads": os.cpu_count(), "load": load}, "peers": rows}
-    write_json(options.out / "peers.json", results)
-    write_text(options.out / "peers.md", bench.markdown(results))
-    bench.show(results)
+    results = {"environments": {"peers": bench.conditions(options, load)}, "peers": rows}
+    bench.show(bench.write_results(options.out, "peers", results))
 
 
 def main() -> None:
