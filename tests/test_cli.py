@@ -118,6 +118,28 @@ def test_parallel_jobs_give_the_same_metrics_as_one_after_another(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_whose_process_the_system_kills_is_recorded_and_the_others_finish(tmp_path):
+    (tmp_path / "killer.py").write_text(
+        "import os, signal\nimport pytorch_lightning as pl\n\n\nclass Killer(pl.Callback):\n"
+        "    def on_train_start(self, trainer, module):\n"
+        "        if module.vae.latent_dim == 3:\n            os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = ["-m", *SMALL, "run=sweep", "model.latent_dim=2,3,4", "+callbacks.killer._target_=killer.Killer"]
+    command += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = run("vae.train", *command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "3 runs: 2 finished, 1 failed" in done.stdout
+    assert "Traceback" not in done.stderr
+    found = {path.parent.name[-1]: json.loads(path.read_text()) for path in tmp_path.glob("sweep/*/status.json")}
+    assert {name: status["state"] for name, status in found.items()} == {
+        "2": "finished",
+        "3": "failed",
+        "4": "finished",
+    }
+    assert "killed by the system" in found["3"]["reason"]
+
+
+@pytest.mark.slow
 def test_runs_killed_at_random_steps_and_resumed_end_bit_identical(tmp_path):
     import random
     import time

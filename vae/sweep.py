@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
+from vae import launcher
 from vae.cli import TRANSIENT, command_line, sentences
 from vae.errors import VAEError
 
@@ -27,13 +28,14 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         refuse_used_folder(config)
         command_line()  # for the processes that the runs may be given to
+        launcher.use()
         task = list(config.hydra.overrides.task)
         constant = [
             o.get_key_element() for o in OverridesParser.create().parse_overrides(task) if not o.is_sweep_override()
         ]
         with open_dict(config):
             config.hydra.overrides.hydra.append(
-                f"hydra.job.config.override_dirname.exclude_keys=[{','.join(constant)}]"
+                f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*constant, 'resume'])}]"
             )
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
