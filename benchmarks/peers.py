@@ -167,7 +167,6 @@ def measure(options: argparse.Namespace) -> None:
     import bench
     import torch
 
-
     torch.set_num_threads(os.cpu_count())
     load = os.getloadavg()[0]
     rows = {
