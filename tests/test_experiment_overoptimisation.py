@@ -1,10 +1,9 @@
-"""Reward over-optimisation: its exact worlds, and the quick form of the experiment held to its claims."""
+"""Reward over-optimisation: its exact worlds."""
 
 from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +11,8 @@ import torch
 
 from experiments.reward_overoptimisation import latents, toys
 from vae.kl import kl_categorical
-from vae.reproduce import Experiment, reproduce
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 TOY = toys.GaussianToy(a=1.0, b=0.2, dim=4)
-
-# Of the quick form; each is explained in the experiment's README.
-KNOWN_MISSES = {
-    "Gaussian: REINFORCE, k2 in the loss, lands on the frontier",
-    "latents: so does the log-odds of a convnet that learnt from all images",
-    "latents: the penalty leaves the frontier of gold and KL where early stopping has it",
-    "latents: at that KL best of n gets more of the proxy than the Gaussian policy",
-}
 
 
 def test_gold_on_the_gaussian_frontier_is_that_of_the_closed_form():
@@ -85,9 +74,3 @@ def test_pictures_survive_being_written_as_text():
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     back = latents.unpacked(json.loads(json.dumps(latents.packed(images))))
     assert np.array_equal(back, (images * 255).round().to(torch.uint8).numpy())
-
-
-@pytest.mark.slow
-def test_quick_form_holds_its_claims_but_for_the_known_misses(tmp_path, data_dir):
-    claims = reproduce(Experiment("reward_overoptimisation", CHECKOUT, outputs=tmp_path), "quick")
-    assert {claim.name for claim in claims if not claim.holds} <= KNOWN_MISSES

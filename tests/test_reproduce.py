@@ -286,6 +286,8 @@ def test_committed_verdicts_are_those_of_the_committed_results(name, form):
 SHORT = (
     "distillation_hinton2015",
     "kl_directions",
+    "linear_vae_ppca",
+    "rate_control",
     "reward_overoptimisation",
     "rlhf_reward_hacking",
     "what_the_kl_term_does",
