@@ -57,7 +57,7 @@ def command_line() -> str:
     """What this process was started with; in a worker process, what its parent was, if that has called this too."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is None:
-        words = sys.argv
+        words = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
     elif spec.name.startswith("joblib."):
         return os.environ.get("VAE_COMMAND", "unknown")
     else:
