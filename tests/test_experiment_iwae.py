@@ -68,8 +68,8 @@ def test_the_configs_are_the_protocol():
         deep = compose("train", overrides("iwae_quick", ("2", "dreg", 50), 0, SETTINGS["quick"]))
     assert vae.objective._target_.endswith("MIWAE")
     assert (vae.objective.groups, vae.objective.samples) == (5, 1)
-    assert (vae.seed, vae.trainer.max_epochs, vae.optimizer.eps, vae.model.latent_dim) == (2, 100, 1e-4, 50)
-    assert vae.lr_schedule.gamma**100 == pytest.approx(0.1)
+    assert (vae.seed, vae.trainer.max_epochs, vae.optimizer.eps, vae.model.latent_dim) == (2, 300, 1e-4, 50)
+    assert vae.lr_schedule.gamma**300 == pytest.approx(0.1)
     assert (deep.objective.estimator, deep.objective.samples, deep.model.latent_dim) == ("dreg", 50, 100)
     assert deep.prior.top_dim == deep.posterior.top_dim == 50
 
