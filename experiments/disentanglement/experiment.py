@@ -6,13 +6,13 @@ metric of vae.evaluation.disentanglement; the variance of each metric split betw
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
 
 from vae.evaluation.disentanglement import evaluate, floor_and_ceiling
 from vae.evaluation.disentanglement.information import discretise, factor_entropy, mutual_information
@@ -123,17 +123,16 @@ def measure(context: Context) -> dict[str, Any]:
         }
     )
 
-    def scored(method: str, strength: str) -> list[dict[str, Any]]:
-        jobs = [delayed(score)(folders[run(method, strength, seed)], settings) for seed in settings["seeds"]]
-        return Parallel(n_jobs=context.jobs)(jobs)
-
+    scores = context.cached_many(
+        {f"scores,{name}": partial(score, folder, settings) for name, folder in folders.items()}
+    )
     seed = settings["seeds"][0]
     return {
         "cells": [
             {
                 "method": method,
                 "strength": strength,
-                "runs": context.cached(f"scores,{method},{strength}", lambda cell=(method, strength): scored(*cell)),
+                "runs": [scores[f"scores,{run(method, strength, seed)}"] for seed in settings["seeds"]],
             }
             for method, strength in cells
         ],
