@@ -227,6 +227,30 @@ def test_resuming_skips_what_finished_redoes_what_changed_and_goes_on_with_what_
     assert without_times(changed) == without_times(trained(tiny("objective.beta=3"), tmp_path / "other"))
 
 
+def test_a_controller_keeps_the_last_weights_as_best_for_losses_at_other_weights_say_nothing(tiny, tmp_path):
+    # a target that is all slack winds the weight up each step, and with it the loss: the first epoch's is the lowest
+    geco = {"target": 500, "init": 0.01, "eta": 0.01}
+    options = ["objective/schedule=geco", *(f"objective.schedule.{name}={value}" for name, value in geco.items())]
+    found = trained(tiny(*options, "trainer.max_epochs=3"), tmp_path)
+    assert found["val/best_epoch"] == 2
+    assert found["val/best_loss"] == found["val/loss"]
+    best, last = (
+        torch.load(tmp_path / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+        for name in ("best", "last")
+    )
+    for name, value in best.items():
+        assert torch.equal(value, last[name])
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_early_stopping_on_losses_that_a_controller_reweighs_is_refused_in_a_sentence(tiny, tmp_path):
+    options = ["objective/schedule=geco", "objective.schedule.target=20", "callbacks=early_stopping"]
+    with pytest.raises(VAEError, match="GECO changes the weight"):
+        train(tiny(*options), tmp_path, [], progress_bar=False)
+    changed = tiny(*options, "callbacks.early_stopping.monitor=val/distortion")
+    assert trained(changed, tmp_path)["val/best_epoch"] == 0
+
+
 def test_only_a_longer_run_of_the_same_config_continues():
     stored = {"seed": 0, "trainer": {"max_epochs": 5}}
     assert continues(stored, {"seed": 0, "trainer": {"max_epochs": 8}})

@@ -29,6 +29,11 @@ class Schedule(nn.Module):
     def observe(self, *, rate: Tensor, distortion: Tensor | None = None) -> None:
         """Take in the batch means of one optimiser step, in nats. A schedule that watches the clock ignores them."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether it is a controller, whose weight follows from what it observed."""
+        return type(self).observe is not Schedule.observe
+
     def _hold(self, **numbers: float) -> None:
         for name, value in numbers.items():
             self.register_buffer(name, torch.tensor(float(value)))

@@ -35,6 +35,7 @@ from vae.evaluation.measures import MEASURES
 from vae.files import is_disk_full, write_json, write_text
 from vae.lean import Compile, NoProfiler, make_lean
 from vae.module import VAEModule
+from vae.objectives.elbo import Objective
 
 # Importing Lightning on a machine without CUDA sets this, and each Adam step then looks for the driver: 60 us a step.
 os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
@@ -97,6 +98,25 @@ def stay_inside(folder: Path, trainer: pl.Trainer) -> None:
         for path in paths:
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise VAEError(f"{group}: {path} is outside the run's folder, {folder}, and would not be kept with it.")
+
+
+def keep_last_under_feedback(trainer: pl.Trainer, objective: Objective) -> None:
+    """With a controller for the weight on the KL, losses of two epochs are of two objectives: the last weights are kept.
+
+    Raises VAEError where early stopping would compare them.
+    """
+    if not objective.schedule.learns:
+        return
+    controller = type(objective.schedule).__name__
+    for callback in trainer.callbacks:
+        if getattr(callback, "monitor", None) != "val/loss":
+            continue
+        if not isinstance(callback, pl.callbacks.ModelCheckpoint):
+            raise VAEError(
+                f"{type(callback).__name__} watches val/loss, in which {controller} changes the weight on the KL: let it watch "
+                "what does not change, as with callbacks.early_stopping.monitor=val/distortion."
+            )
+        callback.monitor = None
 
 
 def settings(config: DictConfig) -> dict[str, Any]:
@@ -223,6 +243,7 @@ def _fit_and_test(
     trainer = build_trainer(config, folder, tuple(overrides), progress_bar)
     if trainer.max_epochs == 0:
         raise VAEError("trainer.max_epochs=0 leaves nothing to train: ask for at least 1.")
+    keep_last_under_feedback(trainer, module.objective)
     trainer.fit(module, data, ckpt_path=checkpoint)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -234,7 +255,7 @@ def _fit_and_test(
     saved = trainer.checkpoint_callback
     if saved is not None and saved.best_model_path:
         best = load_weights(module, Path(saved.best_model_path))
-        metrics["val/best_loss"] = float(saved.best_model_score)
+        metrics["val/best_loss"] = metrics["val/loss"] if saved.monitor is None else float(saved.best_model_score)
         metrics["val/best_epoch"] = float(best["epoch"])
     epochs = trainer.current_epoch
     trainer.test(module, data, verbose=False)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vae.beta import Schedule
 from vae.errors import VAEError
 from vae.model import VAE, VAEOutput
 from vae.objectives.elbo import Objective, require_kl_per_dimension, require_not_negative
@@ -27,7 +26,7 @@ class Capacity(Objective):
     def __init__(self, capacity: float = 25.0, gamma: float = 1000.0, schedule: nn.Module | None = None) -> None:
         super().__init__(schedule=schedule)
         require_not_negative(self, capacity=capacity, gamma=gamma)
-        if type(self.schedule).observe is not Schedule.observe:
+        if self.schedule.learns:
             name = type(self.schedule).__name__
             raise VAEError(f"{name} steers a weight by feedback: a capacity needs a schedule that follows the clock.")
         self.register_buffer("capacity", torch.tensor(float(capacity)))

@@ -23,7 +23,8 @@ class Objective(nn.Module):
 
     "loss" is the only term with a gradient; "distortion", "rate" and "elbo" are always there, the ELBO at beta = 1
     whatever the weight. The weight on the KL is `beta * schedule(step)` in training; validation uses the weight that the
-    schedule ends on, so that losses of different epochs can be compared.
+    schedule ends on, so that losses of different epochs can be compared. A controller ends on nothing: what it says by
+    then is used, and losses cannot be compared.
     """
 
     #: Options of the parameter group that holds the objective's own parameters, where it has any.
