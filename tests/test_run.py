@@ -216,6 +216,18 @@ def test_a_run_stopped_at_any_step_and_resumed_ends_bit_identical(stop_at, tiny,
         assert torch.equal(value, last[1]["state_dict"][name])
 
 
+def test_a_runs_seconds_are_those_of_all_its_attempts(tiny, tmp_path):
+    train(tiny(), tmp_path, [], progress_bar=False)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    assert 0 < content["callbacks"]["Interruptible"]["seconds"] < 100
+    content["callbacks"]["Interruptible"]["seconds"] = 1000.0
+    torch.save(content, last)
+    train(tiny("trainer.max_epochs=2"), tmp_path, [], resume=True, progress_bar=False)
+    assert 1000 < json.loads((tmp_path / "status.json").read_text())["seconds"] < 1100
+    assert 1000 < torch.load(last, weights_only=True)["callbacks"]["Interruptible"]["seconds"] < 1100
+
+
 def test_resuming_skips_what_finished_redoes_what_changed_and_goes_on_with_what_is_longer(tiny, tmp_path):
     first = trained(tiny(), tmp_path)
     stamp = (tmp_path / "checkpoints" / "last.ckpt").stat().st_mtime_ns

@@ -39,6 +39,11 @@ def load_weights(module: pl.LightningModule, path: Path) -> dict[str, Any]:
     return content
 
 
+def seconds_before(path: Path) -> float:
+    """What a run had cost when it saved this checkpoint, by all its attempts together."""
+    return read_checkpoint(path)["callbacks"].get(Interruptible.__name__, {}).get("seconds", 0.0)
+
+
 class CheckpointIO(TorchCheckpointIO):
     """Lightning's reading and writing of checkpoints, through the two functions above."""
 
@@ -53,12 +58,19 @@ class Interruptible(pl.callbacks.Checkpoint):
     """Saves checkpoints/last.ckpt once `every_n_seconds` have passed or every `every_n_steps`, and when training ends.
 
     So much work is lost at most. A `Checkpoint`, so that Lightning calls it after the callback that keeps the best
-    weights, whose state is saved too.
+    weights, whose state is saved too. Its own state is the seconds that the run has cost, earlier attempts included.
     """
 
     def __init__(self, every_n_seconds: float | None = 30, every_n_steps: int | None = None) -> None:
         self.every_n_seconds, self.every_n_steps = every_n_seconds, every_n_steps
-        self._saved = time.monotonic()
+        self._saved = self._started = time.monotonic()
+        self._before = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self._before + time.monotonic() - self._started}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._before = state_dict["seconds"]
 
     def _save_if_due(self, trainer: pl.Trainer, module: pl.LightningModule, ending: bool = False) -> None:
         due = self.every_n_steps is not None and module.steps % self.every_n_steps == 0

@@ -163,9 +163,9 @@ class Context:
         ended = Parallel(n_jobs=jobs, return_as="generator_unordered")(
             delayed(_train)(name, overrides, folders[name]) for name, overrides in runs.items()
         )
-        for name, seconds, reused in ended:
-            self.say(f"{name}: {'trained before' if reused else 'trained'}, {_duration(seconds)}")
-            self.reused_seconds += seconds / jobs if reused else 0.0
+        for name, seconds, before in ended:
+            self.say(f"{name}: {'trained before' if before == seconds else 'trained'}, {_duration(seconds)}")
+            self.reused_seconds += before / jobs
         return folders
 
     def cached(self, name: str, measure: Callable[[], Any]) -> Any:
@@ -228,8 +228,9 @@ def _file_name(name: str) -> str:
     return name
 
 
-def _train(name: str, overrides: list[str], folder: Path) -> tuple[str, float, bool]:
-    """Train, or find, one run; returns its name, its seconds and whether it was there. In a process of its own."""
+def _train(name: str, overrides: list[str], folder: Path) -> tuple[str, float, float]:
+    """Train, or find, one run; returns its name, its seconds and those of them that were spent before. In a process of its
+    own."""
     from hydra import compose, initialize_config_dir
 
     from vae.run import read_status, train
@@ -238,10 +239,11 @@ def _train(name: str, overrides: list[str], folder: Path) -> tuple[str, float, b
         overrides = [*overrides, "threads=1"]
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         config = compose("train", overrides)
-    before = read_status(folder)
+    found, started = read_status(folder), time.monotonic()
     train(config, folder, overrides, resume=True, progress_bar=False)
-    after = read_status(folder)
-    return name, after["seconds"], after == before
+    status = read_status(folder)
+    before = status["seconds"] - (0.0 if status == found else time.monotonic() - started)
+    return name, status["seconds"], max(0.0, before)
 
 
 def pack_images(images: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from vae.build import build, instantiate
 from vae.callbacks.progress import Progress
 from vae.callbacks.records import HyperParameters
-from vae.checkpoints import CheckpointIO, load_weights
+from vae.checkpoints import CheckpointIO, load_weights, seconds_before
 from vae.cli import TRANSIENT, command_line
 from vae.data.images import Splits
 from vae.data.module import ImageDataModule
@@ -186,8 +186,9 @@ def train(
         write_json(folder / "environment.json", environment())
         status = {"state": "running", "reason": None, "started": _now(), "seconds": 0.0, "epochs": 0}
         write_json(folder / "status.json", status)
-        started = time.monotonic()
+        started, before = time.monotonic(), 0.0
         try:
+            before = seconds_before(checkpoint) if checkpoint else 0.0
             metrics, status["epochs"] = _fit_and_test(config, folder, overrides, checkpoint, progress_bar)
             status["state"] = "finished"
         except BaseException as error:
@@ -197,7 +198,7 @@ def train(
             status["reason"] = str(error) if isinstance(error, VAEError) else f"{type(error).__name__}: {error}"
             raise error
         finally:
-            status["seconds"] = time.monotonic() - started
+            status["seconds"] = before + time.monotonic() - started
             # where not even this can be written, what went wrong before is what must be told
             with contextlib.suppress(VAEError) if status["state"] == "failed" else contextlib.nullcontext():
                 write_json(folder / "status.json", status)
