@@ -51,6 +51,16 @@ def test_a_gap_that_is_missing_is_told(gain, value, name):
     assert [claim for claim, holds in verdicts(results).items() if not holds] == [name]
 
 
+def test_a_run_with_another_step_is_held_to_the_reproduction_too():
+    results = made_up()
+    runs = [{**run, "elbo": run["elbo"] + 1.6} for run in results["runs"]["20"]]
+    results["slower"] = {"size": 20, "lr": 0.01, "runs": runs}
+    (name,) = [name for name, holds in verdicts(results).items() if not holds]
+    assert name == "-ELBO of 20 latents with the reproduction's step, 0.01"
+    assert table(results).rows[-1][0] == "20, step 0.01"
+    assert len(table(results).rows) == 6
+
+
 def test_overfitting_is_told():
     results = made_up()
     for run in results["runs"]["200"]:
