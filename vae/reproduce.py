@@ -116,11 +116,11 @@ class Table:
         console.print(table)
 
     def markdown(self) -> str:
-        """For a README."""
+        """For a README, the title above it."""
         rule = ["---"] + ["---:" if self.numbers else "---"] * (len(self.columns) - 1)
         head, *rows = ([cell.replace("|", "\\|") for cell in line] for line in (self.columns, *self.rows))
         lines = [head, rule, *rows]
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return (f"{self.title}:\n\n" if self.title else "") + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:

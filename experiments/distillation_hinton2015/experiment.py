@@ -347,7 +347,7 @@ def table(results: dict[str, Any]) -> Table:
         row("... biases of both moved by", "-7.6", "", few, "bias"),
         row("... errors then", "1320", "", few, "repaired"),
     ]
-    return Table(("errors on 10,000 test images", "paper", "others", "ours"), rows, "Mean and sd over seeds")
+    return Table(("errors on 10,000 test images", "paper", "others", "ours"), rows, "Mean ± sd over seeds")
 
 
 def figure(results: dict[str, Any]) -> Figure:

@@ -393,7 +393,11 @@ def table(results: dict) -> Table:
         active = " / ".join(str(piece["final"]["active"]) for piece in pieces)
         rows.append((f"{title(model)}: latents not (0.01, 0.01)-collapsed", "", "", active))
         row("mean |cos| of columns and components", 1, "alignment", 4)
-    return Table(("nats an image, training images", "exact", "ours: minibatches", "ours: then full batch"), rows)
+    return Table(
+        ("nats an image, training images", "exact", "ours: minibatches", "ours: then full batch"),
+        rows,
+        "Mean ± sd over seeds",
+    )
 
 
 # --- picture --------------------------------------------------------------------------------------------------------

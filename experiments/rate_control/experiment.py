@@ -512,6 +512,7 @@ def table(results: dict) -> Table:
             "weight found",
         ),
         rows,
+        "Mean ± sd over seeds",
     )
 
 

@@ -477,7 +477,7 @@ def table(results: dict[str, Any]) -> Table:
         "over all answers",
         f"answer to {prompt}",
     )
-    return Table(columns, rows)
+    return Table(columns, rows, "Mean ± sd over seeds")
 
 
 def figure(results: dict[str, Any]) -> Figure:

@@ -398,9 +398,11 @@ def draw_frechet(ax: Axes, results: dict[str, Any]) -> None:
     ax.axhline(floor, color=DARK, lw=1, ls=":", label="training images")
     ax.set_xticks(range(len(betas)), betas)
     ax.grid(axis="x", visible=False)
-    ax.set_ylim(top=40 * ax.get_ylim()[1])
+    heights = [found for beta in betas for source in SOURCES for found in values(results, beta, source)]
+    ax.set_yscale("log")
+    ax.set_ylim(0.5 * min(*heights, floor), 40 * max(heights))  # room for the legend
     ax.legend(fontsize=7.5, title="codes drawn from", title_fontsize=7.5, ncols=2, loc="upper center")
-    ax.set(yscale="log", xlabel="β", ylabel="Frechet distance to test images", title="Samples, by their codes")
+    ax.set(xlabel="β", ylabel="Frechet distance to test images", title="Samples, by their codes")
 
 
 def draw_lines(ax: Axes, results: dict[str, Any], keys: dict[str, str]) -> None:
