@@ -32,8 +32,8 @@ evaluate: setup  ## measure a finished run again; RUN=folder
 report: setup  ## write a sweep's report; RUN=folder
 	$(BIN)/python -m vae.report '$(RUN)'
 
-reproduce: setup  ## rerun a paper's experiment, with a verdict a claim; EXPERIMENT=name [QUICK=1] [JOBS=2]
-	$(BIN)/python -m vae.reproduce '$(EXPERIMENT)' $(if $(QUICK),--quick) --jobs $(JOBS) $(ARGS)
+reproduce: setup  ## rerun a paper's experiment, with a verdict a claim; EXPERIMENT=name (or all) [QUICK=1] [JOBS=2]
+	$(BIN)/python -m vae.reproduce $(EXPERIMENT) $(if $(QUICK),--quick) --jobs $(JOBS) $(ARGS)
 
 reproduce-list: setup  ## all experiments, with their last verdicts and cost
 	$(BIN)/python -m vae.reproduce --list

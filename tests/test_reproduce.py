@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vae.errors import VAEError
 from vae.reproduce import Context, Experiment, Table, main, markdown, names, pack_images, spread, unpack_images
@@ -166,6 +167,26 @@ def test_the_list_tells_the_last_verdicts_and_cost(fake, capsys):
     row = capsys.readouterr().out.splitlines()[2]
     assert [cell.strip() for cell in row.split("|")[1:6:2]] == [experiment.name, "not yet run", ""]
     assert "2 of 2, " in row and "Nobody 2026, On sums" in row
+
+
+def test_all_experiments_have_their_turn_though_one_cannot_be_run(fake, capsys):
+    experiment, diary, checkout = fake
+    broken = checkout / "experiments" / "a_broken_one"
+    broken.mkdir()
+    source = SOURCE.format(diary=str(checkout / "diary"))
+    (broken / "experiment.py").write_text(
+        "import torch\nfrom vae.errors import VAEError\n" + source + "def measure(context):\n"
+        "    torch.set_num_threads(torch.get_num_threads() + 1)\n    raise VAEError('The data are gone.')\n"
+    )
+    threads = torch.get_num_threads()
+    assert main(["all", "--quick"], checkout) == 1
+    assert diary() == ["1", "2"]
+    assert torch.get_num_threads() == threads
+    out, err = capsys.readouterr()
+    assert "Error: The data are gone." in err and "All claims hold in 1 of 2 experiments." in out
+    with pytest.raises(SystemExit):  # before any is begun
+        main([experiment.name, "unknown", "--quick", "--again"], checkout)
+    assert diary() == ["1", "2"]
 
 
 def test_markdown_is_for_a_readme(fake, capsys):

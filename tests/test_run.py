@@ -271,6 +271,18 @@ def test_only_a_longer_run_of_the_same_config_continues():
     assert not continues(None, stored)
 
 
+def test_where_the_data_lie_does_not_make_a_run_another(tiny, tmp_path):
+    """A forgotten VAE_DATA_DIR must not throw a finished run away; a folder of one's own images is another data set."""
+    train(tiny("+data.source.root=here"), tmp_path, [], progress_bar=False)
+    before = (tmp_path / "metrics.json").stat().st_mtime_ns
+    train(tiny("+data.source.root=there"), tmp_path, [], resume=True, progress_bar=False)
+    assert (tmp_path / "metrics.json").stat().st_mtime_ns == before
+    trainer = {"trainer": {"max_epochs": 1}}
+    for target, same in (("vae.data.sources.mnist", True), ("mine.photographs", False)):
+        here, there = (trainer | {"data": {"source": {"_target_": target, "root": root}}} for root in ("a", "b"))
+        assert continues(here, there) is same
+
+
 def test_resuming_takes_the_stored_config_and_plain_changes(tiny, tmp_path):
     train(tiny("objective.beta=2"), tmp_path, ["objective.beta=2", "trainer.max_epochs=1"], progress_bar=False)
     more = [f"run={tmp_path}", "resume=true", "trainer.max_epochs=4", "progress_bar=false"]

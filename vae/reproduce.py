@@ -159,7 +159,7 @@ class Context:
         from joblib import Parallel, delayed
 
         folders = {name: self.folder / _file_name(name) for name in runs}
-        jobs = min(self.jobs, len(runs))
+        jobs = max(1, min(self.jobs, len(runs)))
         ended = Parallel(n_jobs=jobs, return_as="generator_unordered")(
             delayed(_train)(name, overrides, folders[name]) for name, overrides in runs.items()
         )
@@ -167,6 +167,10 @@ class Context:
             self.say(f"{name}: {'trained before' if before == seconds else 'trained'}, {_duration(seconds)}")
             self.reused_seconds += before / jobs
         return folders
+
+    def measured(self, name: str) -> bool:
+        """Whether `cached` would find the piece of this name."""
+        return _read_piece(self._piece(name), as_json(self.stamp)) is not None
 
     def cached(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure()` returned, now or when this was last run with the same settings. Always as JSON gives it back:
@@ -475,17 +479,17 @@ def _duration(seconds: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, checkout: Path = Path()) -> int:
-    """0 if every claim holds, otherwise 1."""
-    parser = argparse.ArgumentParser(prog="python -m vae.reproduce", description="Rerun a paper's experiment.")
-    parser.add_argument("name", nargs="?", help="a folder in experiments/")
+    """0 if every claim of every experiment named holds, otherwise 1."""
+    parser = argparse.ArgumentParser(prog="python -m vae.reproduce", description="Rerun papers' experiments.")
+    parser.add_argument("names", nargs="*", metavar="name", help="folders in experiments/, or `all`")
     parser.add_argument("--list", action="store_true", help="all experiments, with their last verdicts and cost")
     parser.add_argument("--quick", action="store_true", help="the smallest form that decides the main claim")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side, a thread each (default 2)")
     parser.add_argument("--again", action="store_true", help="measure anew; trained runs are kept")
     parser.add_argument("--markdown", action="store_true", help="print what is there as Markdown tables, for a README")
     options = parser.parse_args(arguments)
-    if bool(options.name) == options.list:
-        parser.error("give the name of an experiment, or --list")
+    if bool(options.names) == options.list:
+        parser.error("give the name of an experiment, or `all`, or --list")
     command_line()  # for the processes that runs may be given to
     from rich.console import Console
 
@@ -499,16 +503,37 @@ def main(arguments: Sequence[str] | None = None, checkout: Path = Path()) -> int
                 Experiment("", checkout)  # raises the sentence that says where experiments are
             print(table.markdown(), end="") if options.markdown else table.print(console)
             return 0
-        experiment, form = Experiment(options.name, checkout), "quick" if options.quick else "full"
+        form, chosen = (
+            "quick" if options.quick else "full",
+            names(checkout) if options.names == ["all"] else options.names,
+        )
+        experiments = [Experiment(name, checkout) for name in chosen or [""]]  # all known before the first is begun
         if options.markdown:
-            print(markdown(experiment, form), end="")
+            print("\n".join(markdown(experiment, form) for experiment in experiments), end="")
             return 0
         try:
-            claims = reproduce(experiment, form, options.jobs, options.again, console)
+            held = [_held(experiment, form, options.jobs, options.again, console) for experiment in experiments]
         except KeyboardInterrupt:
             console.print("Interrupted. What was measured is kept: the same command goes on from there.")
             return 130
-    return 0 if all(claim.holds for claim in claims) else 1
+    if len(held) > 1:
+        console.print(f"All claims hold in {sum(held)} of {len(held)} experiments.", highlight=False)
+    return 0 if all(held) else 1
+
+
+def _held(experiment: Experiment, form: str, jobs: int, again: bool, console: Console) -> bool:
+    """Whether all claims hold. An experiment that cannot be run is told in a sentence, and the next has its turn with
+    the threads that this one began with."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        return all(claim.holds for claim in reproduce(experiment, form, jobs, again, console))
+    except VAEError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return False
+    finally:
+        torch.set_num_threads(threads)
 
 
 def markdown(experiment: Experiment, form: str) -> str:

@@ -166,7 +166,8 @@ def train(
 
     Writes config.yaml, environment.json, status.json, checkpoints, pictures and, last, metrics.json. Whatever ends the
     run early is written to status.json before it is raised again. With `resume`, a run of the same config that finished is
-    left as it is, and one that was cut off continues from its last checkpoint; a run of another config is done anew.
+    left as it is, and one that was cut off continues from its last checkpoint; a run of another config is done anew. Where
+    the data set lies does not make it another.
     `jobs` is the number of runs that share the machine. Raises VAEError if another process is training this run.
     """
     progress_bar = progress_bar and config.progress_bar
@@ -175,7 +176,7 @@ def train(
     set_threads(config.threads, jobs)
     with only_process(folder):
         stored = OmegaConf.to_container(read_config(folder)) if resume and (folder / "config.yaml").is_file() else None
-        if stored == settled and read_status(folder).get("state") == "finished":
+        if stored and _wherever(stored) == _wherever(settled) and read_status(folder).get("state") == "finished":
             return best_loss(read_metrics(folder))
         last = folder / "checkpoints" / "last.ckpt"
         checkpoint = last if last.is_file() and continues(stored, settled) else None
@@ -225,7 +226,16 @@ def continues(stored: dict[str, Any] | None, settled: dict[str, Any]) -> bool:
     if stored is None or settled["trainer"]["max_epochs"] < stored["trainer"]["max_epochs"]:
         return False
     longer = {**stored, "trainer": {**stored["trainer"], "max_epochs": settled["trainer"]["max_epochs"]}}
-    return longer == settled
+    return _wherever(longer) == _wherever(settled)
+
+
+def _wherever(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` less the folder of a data set of ours: the images are the same wherever they lie."""
+    data = config.get("data", {})
+    source = data.get("source", {})
+    if not str(source.get("_target_")).startswith("vae.data."):
+        return config
+    return {**config, "data": {**data, "source": {key: value for key, value in source.items() if key != "root"}}}
 
 
 def discard(folder: Path) -> None:

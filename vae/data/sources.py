@@ -368,6 +368,6 @@ def _from_drive(path: Path, drive_id: str, md5: str) -> None:
                 raise VAEError(
                     f"{path} is not there and could not be fetched from Google Drive ({reason(error).rstrip('.')}): "
                     f"download it in a browser from https://drive.google.com/file/d/{drive_id} and put it there, or set "
-                    "data.root or VAE_DATA_DIR to a folder that has it."
+                    "data.source.root or VAE_DATA_DIR to a folder that has it."
                 ) from error
     check(path, md5)

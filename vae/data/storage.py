@@ -81,7 +81,7 @@ def fetch(path: Path, urls: Sequence[str], md5: str) -> Path:
                 failures.append(f"{url}: {reason(error)}")
     raise VAEError(
         f"{path} is not there and could not be fetched ({'; '.join(failures)}): download it where there is a network "
-        "and copy it there, or set data.root or VAE_DATA_DIR to a folder that has it."
+        "and copy it there, or set data.source.root or VAE_DATA_DIR to a folder that has it."
     )
 
 
