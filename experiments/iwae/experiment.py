@@ -48,7 +48,7 @@ SETTINGS = {
     "full": {
         "toy": {**TOY, "budget": 4096},
         "cells": {"1": {"vae": [1], "iwae": [5], "dreg": [5]}},
-        "seeds": [0],
+        "seeds": [0, 1, 2],
         "epochs": 300,
         "batch_size": 100,
         "lr_schedule": "exponential",
