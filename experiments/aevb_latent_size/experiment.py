@@ -35,12 +35,13 @@ SETTINGS = {
     "quick": {"sizes": [3, 10, 20, 200], "seeds": [0]},
     "full": {
         "sizes": [3, 5, 10, 20, 200],
-        "seeds": [0],
+        "seeds": [0, 1, 2],
         "ablations": {  # towards the reproduction's protocol, to see which difference the bound comes from
             "size": 20,
             "seed": 0,
             "changes": {
                 "step 0.01": ["optimizer.lr=0.01"],
+                "step 0.01, decoder from 1/2": ["optimizer.lr=0.01", "model.output_bias_from_data=false"],
             },
         },
     },
