@@ -80,7 +80,8 @@ def made_up() -> dict:
     exact |= {"lower_error": -0.01, "lower_error_ci95": 0.005, "upper_error": 0.01, "upper_error_ci95": 0.005}
     kept = ("seeds", "epochs", "images", "importance_samples", "ais", "temperatures", "flow_steps")
     models = {name: [seed_of(paper) for _ in range(3)] for name, paper in PAPER_GAPS.items()}
-    return {"exact": exact, "models": models, "protocol": {key: SETTINGS["full"][key] for key in kept}}
+    protocol = {key: SETTINGS["full"][key] for key in (*kept, "training_images")}
+    return {"exact": exact, "models": models, "training": models, "protocol": protocol}
 
 
 def failing(results: dict) -> list[str]:
@@ -90,7 +91,8 @@ def failing(results: dict) -> list[str]:
 def test_the_papers_own_table_bears_out_every_claim():
     assert failing(made_up()) == []
     assert len(claims(made_up())) == 5 + 2 * 10 + 1
-    assert len(table(made_up()).rows) == 4 + 2 * 12
+    assert len(table(made_up()).rows) == 4 + 2 * 19
+    assert len(table({**made_up(), "training": {}}).rows) == 4 + 2 * 12
 
 
 @pytest.mark.parametrize(
@@ -127,11 +129,11 @@ def test_a_wrong_measurement_of_the_exact_model_fails():
     assert failing(loose) == ["linear-Gaussian model: amortisation gap"]
 
 
-def test_intervals_are_of_images_for_one_seed_and_of_seeds_for_three():
+def test_intervals_are_of_the_images_and_with_three_seeds_of_the_seeds_too():
     one = [{"gap": 2.0, "gap_ci95": 0.3}]
     assert pooled(one, "gap") == (2.0, pytest.approx(0.3))
     three = [copy.deepcopy(one[0]) | {"gap": gap} for gap in (1.0, 2.0, 3.0)]
-    assert pooled(three, "gap") == (2.0, pytest.approx(4.30 / 3**0.5))
+    assert pooled(three, "gap") == (2.0, pytest.approx((4.30**2 / 3 + 0.3**2) ** 0.5))
     same = [copy.deepcopy(one[0]) for _ in range(3)]
-    assert pooled(same, "gap") == (2.0, pytest.approx(0.3 / 3**0.5))
+    assert pooled(same, "gap") == (2.0, pytest.approx(0.3)), "the images are the same: seeds do not average them out"
     assert torch.tensor(pooled(three, "gap")).isfinite().all()

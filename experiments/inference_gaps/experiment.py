@@ -59,6 +59,7 @@ SETTINGS = {
         "seeds": [0, 1, 2],
         "epochs": 50,
         "images": 100,
+        "training_images": 100,  # as in the paper; the quick form does without
         "importance_samples": 5000,
         "ais": {"chains": 8, "leapfrogs": 3},
         "temperatures": {"mnist": 1000, "fashion": 2000},
@@ -199,6 +200,15 @@ def measure_model(folder: Path, model: str, settings: dict) -> dict:
     }
 
 
+def measure_training_images(folder: Path, settings: dict) -> dict:
+    """The gaps of the first training images, which are those of the paper; log p(x) is L_k from each image's own flow."""
+    _, data, module = load(folder)
+    vae, batch = module.vae.requires_grad_(False), data.examples("train", settings["training_images"])
+    flowing = with_flows(vae, batch, settings["flow_steps"], settings["local"])
+    bound = log_likelihood(flowing, batch, settings["importance_samples"]).double()
+    return inference_gaps(vae, batch, bound, **settings["local"], elbo_samples=settings["elbo_samples"]).summary()
+
+
 def measure(context: Context) -> dict:
     settings, experiment = context.settings, "inference_gaps" + "_quick" * context.quick
     set_threads(1)
@@ -208,12 +218,20 @@ def measure(context: Context) -> dict:
     pieces = {
         f"gaps-{m}-seed{s}": partial(measure_model, folders[f"{m}-seed{s}"], m, settings) for s in seeds for m in models
     }
+    if "training_images" in settings:
+        for name, folder in folders.items():
+            pieces[f"training-gaps-{name}"] = partial(measure_training_images, folder, settings)
     found = context.cached_many({**pieces, "exact": partial(measure_exact, **settings["exact"])})
+
+    def of_models(piece: str) -> dict:
+        return {m: [found[f"{piece}-{m}-seed{s}"] for s in seeds] for m in models}
+
     kept = ("seeds", "epochs", "images", "importance_samples", "ais", "temperatures", "flow_steps")
     return {
         "exact": found["exact"],
-        "models": {m: [found[f"gaps-{m}-seed{s}"] for s in seeds] for m in models},
-        "protocol": {key: settings[key] for key in kept},
+        "models": of_models("gaps"),
+        "training": of_models("training-gaps") if "training_images" in settings else {},
+        "protocol": {key: settings[key] for key in (*kept, "training_images") if key in settings},
     }
 
 
@@ -221,14 +239,20 @@ def measure(context: Context) -> dict:
 
 
 def pooled(seeds: list[dict], name: str) -> tuple[float, float]:
-    """Mean over seeds, and half its 95% interval: over images where there is one seed, otherwise the wider of that of the
-    seeds (Student's t) and that of the images."""
+    """Mean over seeds, and half its 95% interval: that of the images, which are the same in every seed, so that seeds do not
+    make it narrower; and, squares added, that of the seeds (Student's t) where there are several."""
     values = [seed[name] for seed in seeds]
-    of_images = math.hypot(*(seed[f"{name}_ci95"] for seed in seeds)) / len(seeds)
+    of_images = statistics.fmean(seed[f"{name}_ci95"] for seed in seeds)
     if len(values) == 1:
         return values[0], of_images
     student = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.3)
-    return statistics.fmean(values), max(of_images, student * statistics.stdev(values) / math.sqrt(len(values)))
+    of_seeds = student * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), math.hypot(of_images, of_seeds)
+
+
+def share(seeds: list[dict]) -> float:
+    """Of the inference gap, the encoder's; mean over seeds."""
+    return statistics.fmean(seed["amortisation_gap"] / seed["inference_gap"] for seed in seeds)
 
 
 def claims(results: dict) -> list[Claim]:
@@ -288,12 +312,11 @@ def model_claims(name: str, seeds: list[dict]) -> list[Claim]:
                 f"{name}: {WORDS[gap]} above 0", value > half, f"{value:.2f} ± {half:.2f} nats", "95% interval above 0"
             )
         )
-    share = statistics.fmean(seed["amortisation_gap"] / seed["inference_gap"] for seed in seeds)
     made.append(
         Claim(
             f"{name}: the encoder's share of the gap is comparable or larger",
-            share >= 1 / 3,
-            f"{share:.0%}",
+            share(seeds) >= 1 / 3,
+            f"{share(seeds):.0%}",
             "at least a third",
         )
     )
@@ -347,6 +370,15 @@ def model_claims(name: str, seeds: list[dict]) -> list[Claim]:
 # --- table ----------------------------------------------------------------------------------------------------------
 
 
+def gap_rows(name: str, paper: dict[str, float], seeds: list[dict]) -> list[tuple[str, str, str]]:
+    rows = []
+    for key, words in WORDS.items():
+        value, half = pooled(seeds, key)
+        rows.append((f"{name}: {words}", f"{paper[key]:.2f}", f"{value:.2f} ± {half:.2f}"))
+    of_paper = paper["amortisation_gap"] / paper["inference_gap"]
+    return [*rows, (f"{name}: the encoder's share of the gap", f"{of_paper:.0%}", f"{share(seeds):.0%}")]
+
+
 def table(results: dict) -> Table:
     protocol = results["protocol"]
     rows = []
@@ -361,12 +393,11 @@ def table(results: dict) -> Table:
         )
     rows.append(("linear-Gaussian: AIS less exact log p(x)", "0", f"{exact['ais_error']:+.4f}"))
     for model, seeds in results["models"].items():
-        for key, words in WORDS.items():
-            value, half = pooled(seeds, key)
-            rows.append((f"{NAMES[model]}: {words}", f"{PAPER_GAPS[model][key]:.2f}", f"{value:.2f} ± {half:.2f}"))
-        share = statistics.fmean(seed["amortisation_gap"] / seed["inference_gap"] for seed in seeds)
-        paper = PAPER_GAPS[model]["amortisation_gap"] / PAPER_GAPS[model]["inference_gap"]
-        rows.append((f"{NAMES[model]}: the encoder's share of the gap", f"{paper:.0%}", f"{share:.0%}"))
+        rows += gap_rows(NAMES[model], PAPER_GAPS[model], seeds)
+        if trained := results.get("training", {}).get(model):
+            rows += gap_rows(
+                f"{NAMES[model]}, {protocol['training_images']} training images", PAPER_GAPS[model], trained
+            )
         gain = statistics.fmean(seed["flow_gain"]["mean"] for seed in seeds)
         rows.append((f"{NAMES[model]}: what {protocol['flow_steps']} planar maps an image gain", "-", f"{gain:.2f}"))
         for key, of in (("ais_less_importance", "the encoder's q"), ("ais_less_importance_of_flows", "the flows")):
@@ -394,26 +425,33 @@ APPROXIMATION, AMORTISATION, DARK = "#0072b2", "#d55e00", "#1d2127"
 def figure(results: dict) -> Figure:
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 3, figsize=(12, 4), gridspec_kw={"width_ratios": [1.15, 1, 1]})
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4), gridspec_kw={"width_ratios": [1.5, 1, 1]})
     draw_gaps(axes[0], results)
     axes[0].set_title("The gap, split in two")
     for ax, model in zip(axes[1:], results["models"], strict=False):
-        draw_images(ax, results["models"][model][0]["images"])
+        draw_images(ax, results["models"][model])
         ax.set_title(f"{NAMES[model]}: each test image")
     fig.get_layout_engine().set(w_pad=0.12)
     return fig
 
 
 def draw_gaps(ax: Axes, results: dict) -> None:
+    def measured(seeds: list[dict]) -> tuple[dict, dict]:
+        found = {name: pooled(seeds, name) for name in WORDS}
+        return {name: value for name, (value, _) in found.items()}, {
+            f"{n}_ci95": half for n, (_, half) in found.items()
+        }
+
     bars = []
     exact = results["exact"]
     bars.append(("linear,\nexact", exact["exact_gaps"], None))
     bars.append(("linear,\nmeasured", exact["gaps"], exact["gaps"]))
     for model, seeds in results["models"].items():
-        if model in PAPER_GAPS:
-            bars.append((f"{NAMES[model]},\npaper*", PAPER_GAPS[model], None))
-        ours = {name: pooled(seeds, name)[0] for name in WORDS}
-        bars.append((f"{NAMES[model]},\nours", ours, {f"{name}_ci95": pooled(seeds, name)[1] for name in WORDS}))
+        bars.append((f"{NAMES[model]},\npaper*", PAPER_GAPS[model], None))
+        trained = results.get("training", {}).get(model)
+        if trained:
+            bars.append((f"{NAMES[model]},\ntraining", *measured(trained)))
+        bars.append((f"{NAMES[model]},\n{'test' if trained else 'ours'}", *measured(seeds)))
     for at, (_, gaps, interval) in enumerate(bars):
         faint = 0.4 if interval is None else 0.95
         bottom, top = gaps["approximation_gap"], gaps["inference_gap"]
@@ -435,9 +473,10 @@ def draw_gaps(ax: Axes, results: dict) -> None:
     ax.set_xlabel("* as recalled, 3280 epochs", fontsize=7.5, color="#667080")
 
 
-def draw_images(ax: Axes, images: dict) -> None:
-    x, y = np.array(images["approximation"]), np.array(images["amortisation"])
-    ax.plot(x, y, "o", ms=4, color="#667080", alpha=0.7, mew=0, label="a test image")
+def draw_images(ax: Axes, seeds: list[dict]) -> None:
+    x, y = (np.mean([seed["images"][gap] for seed in seeds], 0) for gap in ("approximation", "amortisation"))
+    point = "an image" + f", mean of {len(seeds)} seeds" * (len(seeds) > 1)
+    ax.plot(x, y, "o", ms=4, color="#667080", alpha=0.7, mew=0, label=point)
     right, top = 1.25 * x.max(), 1.12 * y.max()
     ax.plot([0, right], [0, right], color=DARK, lw=0.8, ls=":", label="equal")
     ax.plot(x.mean(), y.mean(), "D", color=DARK, ms=7, mec="white", ls="none", label="mean")
