@@ -360,6 +360,7 @@ def draw_likelihoods(ax: Axes, results: dict[str, Any], colours: dict[str, str])
     ax.set_yticks(range(len(names)), reversed(names))
     ax.grid(axis="y", visible=False)
     ax.set(xlabel="nats an image: NLL (dots) to -ELBO (ticks), each seed", title="Likelihood and bound, test")
+    ax.locator_params(axis="x", nbins=5)
 
 
 def draw_images(ax: Axes, results: dict[str, Any]) -> None:
