@@ -3,6 +3,7 @@
 step    the project's training step, TensorBoard and progress bar on, against the bare loop of bare.py, epochs in turn
 sweep   16 runs from the command to the report, against the bare loop training the same 16 one after another
 growth  time and peak memory against batch, latent size, images, K of the importance bound, jobs
+denormals  a step with a VampPrior as training takes it, with numbers below 1e-38 taken as 0, against one that keeps them
 Writes results/bench.json, results/bench.md and a figure each of `growth` beside this file. Only ratios within one run
 mean anything on another machine.
 """
@@ -501,6 +502,41 @@ def draw_growth(growth: dict[str, Any], folder: Path) -> None:
         figure.savefig(folder / f"growth_{name}.png")
 
 
+# --- denormals --------------------------------------------------------------------------------------------------------
+
+
+def denormals_section(options: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds a step of the priors experiment's VampPrior on one thread, blocks of steps in turn; medians."""
+    import torch
+
+    from vae.run import build
+
+    torch.set_num_threads(1)  # the setting is a thread's own
+    data, module = build(compose("experiment=priors", "prior=vampprior", "objective.schedule.steps=1000"))
+    optimizer, batch = module.make_optimizer(module.parameters()), data.examples("train", data.batch_size)
+    noise, taken = torch.Generator().manual_seed(0), 0
+    module.train()
+
+    def block(flush: bool, steps: int) -> float:
+        nonlocal taken
+        torch.set_flush_denormal(flush)
+        start = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            module.objective(module.vae, batch, noise, taken)["loss"].backward()
+            optimizer.step()
+            taken += 1
+        return 1e3 * (time.perf_counter() - start) / steps
+
+    steps, repetitions = (2, 2) if options.quick else (10, 15)
+    block(True, 4 * steps)
+    times = [(block(False, steps), block(True, steps)) for _ in range(repetitions)]
+    torch.set_flush_denormal(False)
+    kept, flushed = (statistics.median(ms) for ms in zip(*times, strict=True))
+    ratio = statistics.median(f / k for k, f in times)
+    return {"kept_ms": kept, "flushed_ms": flushed, "ratio": ratio, "repetitions": repetitions, "steps": steps}
+
+
 # --- telling ----------------------------------------------------------------------------------------------------------
 
 
@@ -552,6 +588,15 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
                 )
             rows[-1][-1] = f"{exponent['seconds']:.2f}, {exponent['bytes']:.2f}"
         yield "How cost grows", ["", "of what", "seconds", "MiB added", "exponent of time, memory"], rows
+
+    if denormals := results.get("denormals"):
+        row = [f"{denormals['kept_ms']:.1f}", f"{denormals['flushed_ms']:.1f}", f"{denormals['ratio']:.2f}"]
+        heads = ["", "kept, ms", "taken as 0, ms", "ratio"]
+        yield (
+            "Numbers below 1e-38 in a training step, one thread",
+            heads,
+            [["VampPrior, 500 pseudo-inputs, batch 100", *row]],
+        )
 
 
 def conditions(options: argparse.Namespace, load: float) -> dict[str, Any]:
@@ -607,7 +652,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 # growth is the first, because it forks, which is best done before any thread has been started
-SECTIONS = {"growth": growth_section, "step": step_section, "sweep": sweep_section}
+SECTIONS = {"growth": growth_section, "step": step_section, "sweep": sweep_section, "denormals": denormals_section}
 
 
 def main() -> None:

@@ -44,6 +44,19 @@ def test_a_run_does_not_depend_on_the_global_generator(tiny, tmp_path):
     assert without_times(trained(tiny(), tmp_path / "b")) == without_times(first)
 
 
+def test_training_takes_numbers_below_the_smallest_normal_one_as_zero(tiny, tmp_path):
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    torch.set_flush_denormal(False)
+    below = torch.full((32,), 1e-39)
+    assert (2 * below != 0).all()
+    try:
+        trained(tiny(), tmp_path)
+        assert (2 * below == 0).all()
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_evaluating_a_run_again_gives_the_numbers_that_training_wrote(tiny, tmp_path):
     written = trained(tiny("trainer.max_epochs=3"), tmp_path)
     again = evaluate(tmp_path)

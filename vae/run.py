@@ -174,6 +174,8 @@ def train(
     settled = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in TRANSIENT}
     config = OmegaConf.create(settled)
     set_threads(config.threads, jobs)
+    # Numbers below 1e-38, such as gradients of a mixture's components that explain no image, take a CPU many times as long.
+    torch.set_flush_denormal(True)
     with only_process(folder):
         stored = OmegaConf.to_container(read_config(folder)) if resume and (folder / "config.yaml").is_file() else None
         if stored and _wherever(stored) == _wherever(settled) and read_status(folder).get("state") == "finished":
