@@ -111,6 +111,45 @@ def test_lists_of_numbers_take_one_line_and_read_back_the_same(fake):
     assert "[1, -2.5e-07]" in (experiment.results_folder("quick") / "results.json").read_text()
 
 
+def test_a_part_is_measured_again_only_if_its_own_settings_changed(fake):
+    experiment, diary, checkout = fake
+    edit(experiment, '"full": {"second": 20}', '"full": {"first": 1, "second": 2}')
+    edit(
+        experiment,
+        "def measure(context):\n",
+        "def measure(context):\n"
+        '    parts = {key: context.part(key, [key], lambda: piece(context.settings[key])) for key in ("first", "second")}\n'
+        '    return {"sum": sum(part["value"] for part in parts.values()), "pair": [1, 2], **parts}\n\n'
+        "def unused(context):\n",
+    )
+    assert main([experiment.name], checkout) == 0
+    assert diary() == ["1", "2"]
+    made = read(experiment, "results.json", "full")["parts"]
+    assert made["first"]["settings"]["settings"] == {"first": 1}
+    edit(experiment, '"second": 2}}', '"second": 3}}')
+    main([experiment.name], checkout)
+    assert diary() == ["1", "2", "3"]
+    record = read(experiment, "results.json", "full")
+    assert (record["results"]["sum"], record["results"]["first"]) == (4, {"value": 1, "pair": [1, 2]})
+    assert record["parts"]["first"] == made["first"]
+    main([experiment.name, "--again"], checkout)
+    assert diary() == ["1", "2", "3", "1", "3"]
+
+
+def test_a_part_that_was_measured_on_another_day_says_so(fake):
+    experiment, _, checkout = fake
+    edit(
+        experiment, "    first = context.cached(", '    context.part("old", [], lambda: 1)\n    first = context.cached('
+    )
+    main([experiment.name, "--quick"], checkout)
+    assert "earlier" not in markdown(experiment, "quick")
+    path = experiment.results_folder("quick") / "results.json"
+    record = json.loads(path.read_text())
+    record["parts"]["old"] |= {"date": "2026-01-02T03:04:05+00:00", "seconds": 7200.0}
+    path.write_text(json.dumps(record))
+    assert "; of it measured earlier: `old` 2026-01-02, 2 h 00 min.\n" in markdown(experiment, "quick")
+
+
 def test_a_failed_claim_is_exit_code_1_and_is_written_down(fake):
     experiment, _, checkout = fake
     assert main([experiment.name], checkout) == 1  # in the full form the sum is 21

@@ -13,7 +13,8 @@ An experiment is a folder `experiments/NAME/` of the checkout with an `experimen
 `measure` is not run again while its results are there and the settings are those they were made with: SETTINGS of the
 form, and conf/experiment/NAME.yaml (for the quick form NAME_quick.yaml too), where there are such files. Everything else
 is made anew from results.json at each call, so that a verdict can be recomputed anywhere: figure.png, verdicts.json, and
-the part of the experiment's README.md between the lines <!-- full --> and <!-- /full --> (or quick). Imports no torch.
+the part of the experiment's README.md between the lines <!-- full --> and <!-- /full --> (or quick). What takes hours can be
+a part of its own (`Context.part`), which is not measured again when only the settings of others change. Imports no torch.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ class Context:
 
     quick: the form. folder: scratch, not committed. jobs: how many processes may run side by side. settings: the form's
     SETTINGS. Trained runs and measured pieces stay in the scratch, so that an experiment that was cut off goes on.
+    committed: what results.json holds, of whatever settings; parts: how the parts of these results were made.
     """
 
     quick: bool
@@ -143,8 +145,10 @@ class Context:
     jobs: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     stamp: dict[str, Any] = field(default_factory=dict)  # a piece made under another is stale
+    committed: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda line: None
-    reused_seconds: float = 0.0  # what the pieces and runs that were found had cost
+    reused_seconds: float = 0.0  # what the pieces, runs and parts that were found had cost
 
     def train(self, overrides: list[str], name: str) -> Path:
         """The folder of a finished run of conf/train.yaml with these overrides, trained now unless it is there.
@@ -167,6 +171,25 @@ class Context:
             self.say(f"{name}: {'trained before' if before == seconds else 'trained'}, {_duration(seconds)}")
             self.reused_seconds += before / jobs
         return folders
+
+    def part(self, name: str, depends_on: Sequence[str], measure: Callable[[], Any]) -> Any:
+        """What results.json holds under this name, if it was measured with the same values of these settings; otherwise
+        what `measure()` returns, as JSON gives it back. The experiment's results must hold it under the same name.
+
+        Unlike pieces, which stay in the scratch, a part is found in a fresh clone too.
+        """
+        stamp = as_json({**self.stamp, "settings": {key: self.settings[key] for key in depends_on}})
+        made = self.committed.get("parts", {}).get(name, {})
+        if made.get("settings") == stamp:
+            self.say(f"{name}: measured on {made['date'][:10]} with the same settings, kept")
+            self.parts[name] = made
+            self.reused_seconds += made["seconds"]
+            return self.committed["results"][name]
+        started, before = time.monotonic(), self.reused_seconds
+        value = as_json(measure())
+        seconds = time.monotonic() - started + self.reused_seconds - before
+        self.parts[name] = {"settings": stamp, "seconds": round(seconds, 1), **_surroundings()}
+        return value
 
     def measured(self, name: str) -> bool:
         """Whether `cached` would find the piece of this name."""
@@ -375,10 +398,10 @@ def reproduce(
 def _measured(experiment: Experiment, form: str, jobs: int, again: bool, console: Console) -> dict[str, Any]:
     """What results.json holds, made first if it is missing or its settings are no longer those of the code."""
     path, stamp = experiment.results_folder(form) / "results.json", experiment.settings(form)
-    if path.is_file() and not again:
-        record = json.loads(path.read_text())
-        if record["settings"] == stamp:
-            return record
+    committed = json.loads(path.read_text()) if path.is_file() and not again else {}
+    if committed:
+        if committed["settings"] == stamp:
+            return committed
         console.print("The settings have changed since this was measured: measuring again.")
     scratch = experiment.scratch(form)
     if again:
@@ -390,6 +413,7 @@ def _measured(experiment: Experiment, form: str, jobs: int, again: bool, console
         jobs=jobs,
         settings=stamp["settings"],
         stamp=stamp,
+        committed=committed,
         say=lambda line: console.print(f"  {line}", style="dim", highlight=False, soft_wrap=True),
     )
     scratch.mkdir(parents=True, exist_ok=True)
@@ -402,6 +426,7 @@ def _measured(experiment: Experiment, form: str, jobs: int, again: bool, console
         "seconds": round(seconds, 1),
         **_surroundings(),
         "settings": stamp,
+        **({"parts": context.parts} if context.parts else {}),
         "results": results,
     }
     write_text(path, _compact(record))
@@ -543,6 +568,12 @@ def markdown(experiment: Experiment, form: str) -> str:
         raise VAEError(f"{path} does not exist: run the experiment first.")
     record, module = json.loads(path.read_text()), experiment.module()
     made = f"`{record['command']}`, {record['device']}, {record['date'][:10]}, {_duration(record['seconds'])}.\n"
+    if earlier := [
+        f"`{name}` {part['date'][:10]}, {_duration(part['seconds'])}"
+        for name, part in record.get("parts", {}).items()
+        if part["date"][:10] != record["date"][:10]
+    ]:
+        made = made.replace(".\n", f"; of it measured earlier: {', '.join(earlier)}.\n")
     verdicts = verdict_table(module.claims(record["results"])).markdown()
     return "\n".join([module.table(record["results"]).markdown(), verdicts, made])
 
