@@ -99,13 +99,19 @@ def made_up() -> dict:
             "free_bits": [mlp_run(4, 4.0, [0.6] * 20)] * 2,
         },
     }
-    return deepcopy({"linear": linear, "mlp": mlp})
+    ablations = {
+        "linear": [exact(2), exact(10)],
+        "exact": [exact(2), exact(10)],
+        "mlp": [[mlp_run(2), mlp_run(2)]] * 2,
+        "settings": experiment.SETTINGS["full"]["ablations"],
+    }
+    return deepcopy({"linear": linear, "mlp": mlp, "ablations": ablations})
 
 
 def test_made_up_results_pass_every_claim_and_fill_table_and_figure():
     missed = [claim for claim in experiment.claims(made_up()) if not claim.holds]
     assert not missed
-    assert len(experiment.table(made_up()).rows) == 5 + 4 + 3 + len(experiment.MLP["gammas"])
+    assert len(experiment.table(made_up()).rows) == 5 + 4 + 3 + len(experiment.MLP["gammas"]) + 4
     assert len(experiment.figure(made_up()).axes) == 6
 
 
@@ -134,6 +140,9 @@ def test_made_up_results_pass_every_claim_and_fill_table_and_figure():
             "MLP: ControlVAE finds",
         ),
         (lambda r: r["mlp"]["runs"]["free_bits"][0].update(kl=[1.0] * 19 + [0.4]), "MLP: free bits"),
+        (lambda r: r["ablations"]["linear"][0].update(rate=100.0), "ablation, linear"),
+        (lambda r: r["ablations"]["mlp"][0][1]["last_epoch"].update(rate=19.0), "ablation, MLP: GECO"),
+        (lambda r: r["ablations"]["mlp"][1][0]["last_epoch"].update(distortion=90.0), "ablation, MLP: a capacity"),
         (lambda r: r["mlp"]["runs"]["fixed-4"][0].update(kl=[1.0] * 11 + [0.0] * 9), "half the latents collapse"),
     ],
 )

@@ -142,12 +142,12 @@ def test_a_part_that_was_measured_on_another_day_says_so(fake):
         experiment, "    first = context.cached(", '    context.part("old", [], lambda: 1)\n    first = context.cached('
     )
     main([experiment.name, "--quick"], checkout)
-    assert "earlier" not in markdown(experiment, "quick")
+    assert "; of it" not in markdown(experiment, "quick")
     path = experiment.results_folder("quick") / "results.json"
     record = json.loads(path.read_text())
     record["parts"]["old"] |= {"date": "2026-01-02T03:04:05+00:00", "seconds": 7200.0}
     path.write_text(json.dumps(record))
-    assert "; of it measured earlier: `old` 2026-01-02, 2 h 00 min.\n" in markdown(experiment, "quick")
+    assert "; of it `old` on 2026-01-02, 2 h 00 min.\n" in markdown(experiment, "quick")
 
 
 def test_a_failed_claim_is_exit_code_1_and_is_written_down(fake):

@@ -568,12 +568,13 @@ def markdown(experiment: Experiment, form: str) -> str:
         raise VAEError(f"{path} does not exist: run the experiment first.")
     record, module = json.loads(path.read_text()), experiment.module()
     made = f"`{record['command']}`, {record['device']}, {record['date'][:10]}, {_duration(record['seconds'])}.\n"
-    if earlier := [
-        f"`{name}` {part['date'][:10]}, {_duration(part['seconds'])}"
-        for name, part in record.get("parts", {}).items()
-        if part["date"][:10] != record["date"][:10]
-    ]:
-        made = made.replace(".\n", f"; of it measured earlier: {', '.join(earlier)}.\n")
+    earlier: dict[str, list[tuple[str, float]]] = {}
+    for name, part in record.get("parts", {}).items():
+        if (day := part["date"][:10]) != record["date"][:10]:
+            earlier.setdefault(day, []).append((f"`{name}`", part["seconds"]))
+    for day, parts in earlier.items():
+        names, seconds = zip(*parts, strict=True)
+        made = made.replace(".\n", f"; of it {', '.join(names)} on {day}, {_duration(sum(seconds))}.\n")
     verdicts = verdict_table(module.claims(record["results"])).markdown()
     return "\n".join([module.table(record["results"]).markdown(), verdicts, made])
 
