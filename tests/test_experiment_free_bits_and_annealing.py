@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from experiments.free_bits_and_annealing import experiment
+from vae.beta import Cyclical, Linear
 from vae.cli import CONFIGS
 
 GOOD = {"plain": 0.3, "no latents": 0.0, "warm-up": 4.0, "cyclical": 3.5, "free bits": 4.4, "factorised": 2.0}
@@ -87,6 +88,14 @@ def test_curves_keep_the_rows_of_validations(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,step,train/rate,val/elbo,val/rate\n0,49,5.0,,\n0,549,,-13.5,1.25\n1,1099,,-13.0,1.5\n")
     assert experiment.curve(path) == {"steps": [550, 1100], "rate": [1.25, 1.5], "elbo": [-13.5, -13.0]}
+
+
+def test_the_weight_of_a_schedule_stays_at_1_from_the_step_that_is_said():
+    steps = experiment.at_full_weight({"warm_up": 600, "cycles_end": 1000})
+    for name, schedule in (("warm-up", Linear(600)), ("cyclical", Cyclical(1000))):
+        weights = [float(schedule(step)) for step in range(1100)]
+        assert weights[steps[name] - 1] < 1
+        assert min(weights[steps[name] :]) == 1
 
 
 def test_schedules_end_within_the_training():
