@@ -469,7 +469,7 @@ def draw_gains(ax: Axes, results: dict) -> None:
                 label = None if label in ax.get_legend_handles_labels()[1] else label
                 ax.plot(at + 0.38, float(of) - float(value), marker, color="#1d2127", ms=5, label=label, ls="none")
     ax.axhline(0, color="#667080", lw=0.8)
-    ax.set_xticks(places, labels)
+    ax.set_xticks(places, labels, fontsize=9 if len(places) < 5 else 7)
     ax.set_xlim(-0.6, len(places) - 0.2)
     ax.set_ylabel("nats an image (95% interval; dots: seeds)")
     ax.grid(axis="x", visible=False)
