@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -129,6 +129,26 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
     values = list(values)
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+class Gain(NamedTuple):
+    """How much lower one model's NLL is than another's, in nats an image: the mean, its standard error over paired images,
+    and the mean of each seed."""
+
+    mean: float
+    se: float
+    seeds: list[float]
+
+    @classmethod
+    def of(cls, worse: dict[str, Any], better: dict[str, Any]) -> Gain:
+        """Each has "nll", a mean over images of each seed, and "nll_of_images", a mean over seeds of each image."""
+        images = [a - b for a, b in zip(worse["nll_of_images"], better["nll_of_images"], strict=True)]
+        seeds = [a - b for a, b in zip(worse["nll"], better["nll"], strict=True)]
+        return cls(statistics.fmean(seeds), statistics.stdev(images) / math.sqrt(len(images)), seeds)
+
+    def __str__(self) -> str:
+        words = ", ".join(f"{gain:.2f}" for gain in self.seeds)
+        return f"{self.mean:.2f} ± {self.se:.2f} nats (s.e., paired images); seeds {words}"
 
 
 @dataclass

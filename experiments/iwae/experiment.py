@@ -20,7 +20,7 @@ import torch
 
 from experiments.iwae.toy import measure_toy
 from vae.evaluation.likelihood import ACTIVE_UNIT_THRESHOLD, log_likelihood
-from vae.reproduce import Claim, Context, Table, spread
+from vae.reproduce import Claim, Context, Gain, Table, spread
 from vae.run import load, read_metrics, read_status, set_threads
 
 if TYPE_CHECKING:
@@ -206,26 +206,12 @@ def slope(toy: dict, row: str, start: int = 1) -> float:
     return float(np.polyfit(*np.log(np.array(points).T), 1)[0]) if len(points) > 1 else math.nan
 
 
-class Gain(NamedTuple):
-    """NLL of one cell less that of another, nats an image: mean, standard error over paired images, one mean a seed."""
-
-    mean: float
-    se: float
-    seeds: list[float]
-
-    def __str__(self) -> str:
-        words = ", ".join(f"{gain:.2f}" for gain in self.seeds)
-        return f"{self.mean:.2f} ± {self.se:.2f} nats (s.e., paired images); seeds {words}"
-
-
 def gain(results: dict, worse: str, better: str) -> Gain | None:
     """How much lower the NLL of `better` is; None unless both were run."""
     found = results["cells"]
     if worse not in found or better not in found:
         return None
-    a, b = (np.array(found[name]["nll_of_images"]) for name in (worse, better))
-    seeds = [x - y for x, y in zip(found[worse]["nll"], found[better]["nll"], strict=True)]
-    return Gain(statistics.fmean(seeds), float((a - b).std(ddof=1) / math.sqrt(len(a))), seeds)
+    return Gain.of(found[worse], found[better])
 
 
 def claims(results: dict) -> list[Claim]:

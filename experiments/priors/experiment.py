@@ -10,14 +10,14 @@ import functools
 import math
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vae.evaluation.decomposition import elbo_decomposition
 from vae.evaluation.likelihood import log_likelihood
-from vae.reproduce import Claim, Context, Table, pack_images, spread, unpack_images
+from vae.reproduce import Claim, Context, Gain, Table, pack_images, spread, unpack_images
 from vae.run import load, read_metrics, read_status
 from vae.seeding import generator
 
@@ -138,22 +138,10 @@ def measure_model(folder: Path, images: int, samples: int, pictures: bool) -> di
 # --- what the results say -------------------------------------------------------------------------------------------
 
 
-class Gain(NamedTuple):
-    """NLL of one prior less that of another, nats an image: mean, standard error over paired images, one mean a seed."""
-
-    mean: float
-    se: float
-    seeds: list[float]
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.se:.2f} nats (s.e., paired images); seeds {', '.join(f'{g:.2f}' for g in self.seeds)}"
-
-
 def gain(results: dict[str, Any], data: str, better: str = "vampprior", worse: str = "standard_normal") -> Gain:
-    a, b = (results["data"][data][prior] for prior in (worse, better))
-    of_images = np.array(a["nll_of_images"]) - np.array(b["nll_of_images"])
-    seeds = [x - y for x, y in zip(a["nll"], b["nll"], strict=True)]
-    return Gain(statistics.fmean(seeds), float(of_images.std(ddof=1) / math.sqrt(len(of_images))), seeds)
+    """How much lower the NLL under `better` is."""
+    of_prior = results["data"][data]
+    return Gain.of(of_prior[worse], of_prior[better])
 
 
 def claims(results: dict[str, Any]) -> list[Claim]:
