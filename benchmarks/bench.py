@@ -599,11 +599,11 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
         )
 
 
-def conditions(options: argparse.Namespace, load: float) -> dict[str, Any]:
+def conditions(options: argparse.Namespace, load: float, section: str = "") -> dict[str, Any]:
     """What a section is measured on; load: before its start."""
     from vae.run import environment
 
-    threads = getattr(options, "threads", "auto")
+    threads = 1 if section in ON_ONE_THREAD else getattr(options, "threads", "auto")
     return {**environment(), "threads": os.cpu_count() if threads == "auto" else threads, "load": load}
 
 
@@ -655,6 +655,9 @@ def show(results: dict[str, Any]) -> None:
 SECTIONS = {"growth": growth_section, "step": step_section, "sweep": sweep_section, "denormals": denormals_section}
 
 
+ON_ONE_THREAD = ("growth", "denormals")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)}; all unless said")
@@ -672,7 +675,7 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         start, load = time.perf_counter(), os.getloadavg()[0]
         results[name] = SECTIONS[name](options)
-        results["environments"][name] = conditions(options, load)
+        results["environments"][name] = conditions(options, load, name)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
     show(write_results(options.out, "bench", results))
