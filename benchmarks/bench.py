@@ -87,7 +87,8 @@ def largest_difference(net: str, overrides: list[str], steps: int = 20) -> float
     import pytorch_lightning as pl
     import torch
 
-    from vae.run import build, build_trainer
+    from vae.engine.build import build
+    from vae.engine.trainer import build_trainer
     from vae.seeding import derive, generator
 
     config = compose(*overrides, "trainer.accelerator=cpu", "callbacks=minimal", "logger=none", "trainer.max_epochs=1")
@@ -184,7 +185,8 @@ def compare_steps(net: str, overrides: list[str], repetitions: int, device: str)
     import bare
     import torch
 
-    from vae.run import build, build_trainer, set_threads
+    from vae.engine.build import build
+    from vae.engine.trainer import build_trainer, set_threads
 
     where = [f"trainer.max_epochs={repetitions + 1}", f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}"]
     config = compose(
@@ -235,7 +237,7 @@ def captured_step(net: str, overrides: list[str], batch: int, repetitions: int =
     import bare
     import torch
 
-    from vae.run import build
+    from vae.engine.build import build
 
     data, module = build(compose(*overrides))
     images = all_images(data.splits_ready().train).cuda()
@@ -301,7 +303,7 @@ def sweep_section(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_split(*overrides: str) -> Any:
-    from vae.run import instantiate
+    from vae.engine.build import instantiate
 
     config = compose(*overrides)
     data = instantiate(config.data, seed=config.seed)
@@ -391,9 +393,9 @@ def mlp_module(latent_dim: int) -> Any:
     """The untrained module of `data=mnist`, made without the data."""
     import torch
 
+    from vae.engine.module import VAEModule
     from vae.likelihoods import Bernoulli
     from vae.model import VAE
-    from vae.module import VAEModule
     from vae.networks import mlp
     from vae.objectives.elbo import BetaVAE
     from vae.priors import StandardNormal
@@ -406,9 +408,9 @@ def train_seconds(images: Any, batch: int = 128, latent_dim: int = 20) -> float:
     """An epoch of these images, by the project's module, loader and Trainer."""
     import pytorch_lightning as pl
 
-    from vae.callbacks.records import Stopwatch
     from vae.data.images import Images, Splits
     from vae.data.module import ImageDataModule
+    from vae.engine.callbacks.records import Stopwatch
 
     splits = Splits(Images(images), Images(images[:10]), Images(images[:10]))
     data = ImageDataModule(lambda: splits, batch_size=min(batch, len(images)), binarize="dynamic")
@@ -426,7 +428,7 @@ def train_seconds(images: Any, batch: int = 128, latent_dim: int = 20) -> float:
 
 def bound_seconds(images: Any, samples: int) -> float:
     """The importance-weighted bound of these images."""
-    from vae.data.module import Batch
+    from vae.data.images import Batch
     from vae.evaluation.likelihood import log_likelihood
 
     vae, batch = mlp_module(20).vae, Batch(images.float() / 255, None, 0)
@@ -509,7 +511,7 @@ def denormals_section(options: argparse.Namespace) -> dict[str, float]:
     """Milliseconds a step of the priors experiment's VampPrior on one thread, blocks of steps in turn; medians."""
     import torch
 
-    from vae.run import build
+    from vae.engine.build import build
 
     torch.set_num_threads(1)  # the setting is a thread's own
     data, module = build(compose("experiment=priors", "prior=vampprior", "objective.schedule.steps=1000"))
@@ -601,7 +603,7 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
 
 def conditions(options: argparse.Namespace, load: float, section: str = "") -> dict[str, Any]:
     """What a section is measured on; load: before its start."""
-    from vae.run import environment
+    from vae.engine.folder import environment
 
     threads = 1 if section in ON_ONE_THREAD else getattr(options, "threads", "auto")
     return {**environment(), "threads": os.cpu_count() if threads == "auto" else threads, "load": load}

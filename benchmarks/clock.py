@@ -11,7 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from vae.callbacks.pictures import Pictures
+from vae.engine.callbacks.pictures import Pictures
 
 PARTS = ("steps", "evaluation", "pictures", "checkpoints", "rest")
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vae.kl import k1, k2, k3, kl_categorical, nats_to_bits
-from vae.objectives.policy import penalised_reward
+from vae.policy import penalised_reward
 
 P, Q = torch.tensor([0.3, 0.5, 0.2]), torch.tensor([0.35, 0.4, 0.25])
 
@@ -44,7 +44,7 @@ def vae_loss(x, mean, log_var, reconstruction, step, beta=1.0):
 ''',
     "distillation": '''\
 import torch
-from vae.objectives.distillation import Distillation
+from vae.distillation import Distillation
 
 distil = Distillation(temperature=4.0, alpha=0.9, divergence="forward")
 
@@ -55,7 +55,7 @@ def distillation_loss(student, teacher, x, labels):
     return distil(student_logits=student(x), teacher_logits=teacher_logits, labels=labels)["loss"]
 ''',
     "policy": '''\
-from vae.objectives.policy import Reinforce
+from vae.policy import Reinforce
 
 objective = Reinforce(beta=0.5, group_size=8)  # schedule=AdaptiveKL(target=6.0) would hold the KL instead
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.model import VAE
 from vae.seeding import generator
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.likelihoods import Gaussian
 from vae.model import VAE
 from vae.priors import StandardNormal

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vae.build import build
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.hierarchical import BottomDecoder
 from vae.likelihoods import Bernoulli

@@ -29,7 +29,7 @@ def run(module, *arguments, cwd, **environment):
 
 
 def test_entry_points_answer_without_importing_torch(tmp_path):
-    code = "import sys, vae.train, vae.evaluate, vae.sweep, vae.report; print('torch' in sys.modules)"
+    code = "import sys, vae.train, vae.evaluate, vae.engine.sweep, vae.report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
     shown = run("vae.train", "--cfg", "job", "objective.beta=4", cwd=tmp_path)

@@ -5,7 +5,7 @@ import torch
 from fitting import fit
 from test_priors import plane, randomised
 
-from vae.build import build
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.evaluation.likelihood import log_likelihood
 from vae.flows import MADE, AffineCoupling, IAFStep, InverseAutoregressiveFlow, PlanarFlow, PlanarStep

@@ -6,7 +6,7 @@ from fitting import fit
 from test_priors import randomised
 from torch import nn
 
-from vae.build import build
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.evaluation.likelihood import ELBOTotals, log_likelihood
 from vae.gaussian import LOG_2PI, DiagonalGaussian

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from vae.build import build
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.data.sources import mnist
+from vae.engine.build import build
 from vae.likelihoods import LearnedSigmaGaussian
 from vae.model import VAE
 from vae.networks import linear, set_output_bias

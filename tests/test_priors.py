@@ -6,7 +6,7 @@ from fitting import fit
 from linear_gaussian import LinearGaussian
 from torch import nn
 
-from vae.build import build
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
 from vae.priors import MixtureOfGaussians, RealNVP, StandardNormal, VampPrior

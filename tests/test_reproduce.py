@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from vae.errors import VAEError
-from vae.reproduce import Context, Experiment, Table, main, markdown, names, pack_images, spread, unpack_images
+from vae.experiment import Context, Table, pack_images, spread, unpack_images
+from vae.reproduce import Experiment, main, markdown, names
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 NUMBERS = itertools.count()
@@ -24,7 +25,7 @@ NUMBERS = itertools.count()
 SOURCE = '''
 """Two pieces, a claim on their sum, and a diary of what was really computed."""
 from pathlib import Path
-from vae.reproduce import Claim, Table
+from vae.experiment import Claim, Table
 import matplotlib.pyplot as plt
 
 DIARY = Path({diary!r})

@@ -17,7 +17,8 @@ def main(config: DictConfig) -> None:
     from rich.table import Table
 
     with sentences():
-        from vae.run import measure, read_metrics
+        from vae.engine.folder import read_metrics
+        from vae.engine.run import measure
 
         changes = {name: config[name] for name in ("nll_samples", "accelerator", "threads") if config[name] is not None}
         folder = Path(config.run)

@@ -16,8 +16,9 @@ from vae.cli import CONFIGS, sentences
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
 def main(config: DictConfig) -> float:
     """Returns the best validation loss in nats, which any Hydra sweeper can minimise; NaN for a failed run of a sweep."""
+    from vae.engine.folder import resumed_config
+    from vae.engine.run import train  # only now: importing torch takes seconds, and --help should not
     from vae.errors import VAEError
-    from vae.run import resumed_config, train  # only now: importing torch takes seconds, and --help should not
 
     hydra_config = HydraConfig.get()
     log = logging.getLogger("vae.train")

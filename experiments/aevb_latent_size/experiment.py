@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vae.reproduce import Claim, Context, Table, spread
-from vae.run import load, read_config, read_metrics, read_status
+from vae.engine.folder import read_config, read_metrics, read_status
+from vae.engine.run import load
+from vae.experiment import Claim, Context, Table, spread
 from vae.seeding import generator
 
 if TYPE_CHECKING:

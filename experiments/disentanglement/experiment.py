@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vae.engine.folder import read_metrics
+from vae.engine.run import load
 from vae.evaluation.disentanglement import evaluate, floor_and_ceiling
 from vae.evaluation.disentanglement.information import discretise, factor_entropy, mutual_information
 from vae.evaluation.measures import encode
-from vae.reproduce import Claim, Context, Table, pack_images, spread, unpack_images
-from vae.run import load, read_metrics
+from vae.experiment import Claim, Context, Table, pack_images, spread, unpack_images
 from vae.seeding import generator
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from vae.data.images import Images
 from vae.data.sources import mnist
-from vae.objectives.distillation import Distillation
-from vae.reproduce import Claim, Context, Table, spread
+from vae.distillation import Distillation
+from vae.experiment import Claim, Context, Table, spread
 from vae.seeding import generator
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vae.data.sources import mnist
+from vae.engine.folder import read_metrics
+from vae.engine.run import load
 from vae.evaluation.likelihood import log_likelihood
-from vae.reproduce import Claim, Context, Table, pack_images, spread, unpack_images
-from vae.run import load, read_metrics
+from vae.experiment import Claim, Context, Table, pack_images, spread, unpack_images
 from vae.seeding import generator
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.evaluation.ais import half_interval, log_likelihood_ais, sandwich
 from vae.evaluation.gaps import inference_gaps
 from vae.kl import kl_gaussian_full

@@ -17,14 +17,16 @@ import numpy as np
 import torch
 
 from experiments.inference_gaps.exact import measure_exact
-from vae.data.module import Batch
+from vae.data.images import Batch
+from vae.engine.folder import read_metrics
+from vae.engine.run import load
+from vae.engine.trainer import set_threads
 from vae.evaluation.ais import half_interval, log_likelihood_ais, sandwich
 from vae.evaluation.gaps import elbo, inference_gaps, optimise_locally
 from vae.evaluation.likelihood import log_likelihood
+from vae.experiment import Claim, Context, Table, spread
 from vae.flows import PlanarFlow
 from vae.model import VAE
-from vae.reproduce import Claim, Context, Table, spread
-from vae.run import load, read_metrics, set_threads
 from vae.seeding import derive, generator
 
 if TYPE_CHECKING:

@@ -19,9 +19,11 @@ import numpy as np
 import torch
 
 from experiments.iwae.toy import measure_toy
+from vae.engine.folder import read_metrics, read_status
+from vae.engine.run import load
+from vae.engine.trainer import set_threads
 from vae.evaluation.likelihood import ACTIVE_UNIT_THRESHOLD, log_likelihood
-from vae.reproduce import Claim, Context, Gain, Table, spread
-from vae.run import load, read_metrics, read_status, set_threads
+from vae.experiment import Claim, Context, Gain, Table, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.gaussian import DiagonalGaussian
 from vae.likelihoods import Gaussian
 from vae.model import VAE

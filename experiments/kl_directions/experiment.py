@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vae.experiment import Claim, Context, Table
 from vae.kl import GaussianMixture, k1, k2, k3, kl_gaussian_full
-from vae.reproduce import Claim, Context, Table
 from vae.seeding import generator
 
 PAPER = "Bishop 2006, figures 10.2 and 10.3; Minka 2005; Schulman 2020, Approximating KL divergence"

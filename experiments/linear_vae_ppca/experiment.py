@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vae.data.module import ImageDataModule
 from vae.evaluation.ppca import LinearWeights, Optimum, Spectrum, optimum, spectrum
+from vae.experiment import Claim, Context, Table, pack_images, spread, unpack_images
 from vae.model import VAE
-from vae.reproduce import Claim, Context, Table, pack_images, spread, unpack_images
 from vae.seeding import generator
 
 PAPER = "Lucas, Tucker, Grosse & Norouzi 2019, Don't blame the ELBO! A linear VAE perspective on posterior collapse"
@@ -117,8 +117,8 @@ def training_images(data: str) -> tuple[Spectrum, Tensor]:
     """The images that a run of the experiment trains on: their spectrum, and they themselves."""
     from hydra import compose, initialize_config_dir
 
-    from vae.build import instantiate
     from vae.cli import CONFIGS
+    from vae.engine.build import instantiate
 
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         config = compose("train", ["experiment=linear_vae_ppca", f"data={data}"])
@@ -202,8 +202,8 @@ def measure(context: Context) -> dict:
     folders = context.train_many(runs)
 
     def finished(model: dict, seed: int) -> dict:
-        from vae.checkpoints import load_weights
-        from vae.run import load
+        from vae.engine.checkpoints import load_weights
+        from vae.engine.run import load
 
         folder = folders[f"{name_of(model)}-seed{seed}"]
         _, data, module = load(folder)

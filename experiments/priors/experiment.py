@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vae.engine.folder import read_metrics, read_status
+from vae.engine.run import load
 from vae.evaluation.decomposition import elbo_decomposition
 from vae.evaluation.likelihood import log_likelihood
-from vae.reproduce import Claim, Context, Gain, Table, pack_images, spread, unpack_images
-from vae.run import load, read_metrics, read_status
+from vae.experiment import Claim, Context, Gain, Table, pack_images, spread, unpack_images
 from vae.seeding import generator
 
 if TYPE_CHECKING:

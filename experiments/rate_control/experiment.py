@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from vae.beta import GECO, ControlVAE, Linear
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.evaluation.ppca import LinearWeights, optimum, spectrum
+from vae.experiment import Claim, Context, Table, spread
 from vae.model import VAEOutput
 from vae.objectives.capacity import Capacity, FreeBits
 from vae.objectives.elbo import BetaVAE, Objective
-from vae.reproduce import Claim, Context, Table, spread
 from vae.seeding import generator
 
 PAPER = (
@@ -141,8 +141,8 @@ def eigenvalues() -> list[float]:
     """Of the covariance of MNIST's 60,000 training images."""
     from hydra import compose, initialize_config_dir
 
-    from vae.build import instantiate
     from vae.cli import CONFIGS
+    from vae.engine.build import instantiate
 
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         splits = instantiate(compose("train", ["data=mnist"]).data.source)()
@@ -232,9 +232,10 @@ def mlp_overrides(method: str, settings: dict, target: dict[str, float], steps: 
 def measured(folder: Path) -> dict:
     """A run's last weights on images of the training and the test split, one draw of the pixels and one z each, the same
     for every run; what it trained on in its last epoch; and its course."""
-    from vae.checkpoints import load_weights
+    from vae.engine.checkpoints import load_weights
+    from vae.engine.folder import read_metrics
+    from vae.engine.run import load
     from vae.evaluation.likelihood import ELBOTotals
-    from vae.run import load, read_metrics
 
     _, data, module = load(folder)
     load_weights(module, folder / "checkpoints" / "last.ckpt")

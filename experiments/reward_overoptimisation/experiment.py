@@ -16,10 +16,10 @@ import torch
 
 from experiments.reward_overoptimisation import latents, toys
 from experiments.reward_overoptimisation.toys import GaussianToy
+from vae.engine.run import load
+from vae.experiment import Claim, Context, Table
 from vae.gaussian import DiagonalGaussian
-from vae.objectives.policy import PPOClip, Reinforce
-from vae.reproduce import Claim, Context, Table
-from vae.run import load
+from vae.policy import PPOClip, Reinforce
 from vae.seeding import generator
 
 if TYPE_CHECKING:

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae.data.images import Images
-from vae.data.module import Batch
+from vae.data.images import Batch, Images
 from vae.evaluation.samples import trained_classifier
 from vae.gaussian import DiagonalGaussian
 from vae.kl import gaussian_kl_to_standard_normal

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vae.gaussian import DiagonalGaussian
 from vae.kl import gaussian_kl_to_standard_normal, kl_categorical
-from vae.objectives.policy import PolicyObjective, PPOClip
+from vae.policy import PolicyObjective, PPOClip
 
 # --- the Gaussian -----------------------------------------------------------------------------------------------------
 

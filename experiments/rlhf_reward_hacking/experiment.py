@@ -32,10 +32,10 @@ from experiments.rlhf_reward_hacking.language import (
     windows,
 )
 from vae.beta import AdaptiveKL
+from vae.experiment import Claim, Context, Table, spread
 from vae.files import write_atomically
 from vae.kl import k1, k3, kl_categorical
-from vae.objectives.policy import GRPO, PolicyObjective, Reinforce
-from vae.reproduce import Claim, Context, Table, spread
+from vae.policy import GRPO, PolicyObjective, Reinforce
 from vae.seeding import generator
 
 if TYPE_CHECKING:

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vae.engine.folder import read_config, read_metrics
+from vae.engine.run import load
 from vae.evaluation.decomposition import aggregate_log_prob, elbo_decomposition
 from vae.evaluation.samples import frechet_distance, in_parts, trained_classifier, training_batch
+from vae.experiment import Claim, Context, Table, pack_images, spread, unpack_images
 from vae.gaussian import DiagonalGaussian
 from vae.kl import kl_gaussian_full
-from vae.reproduce import Claim, Context, Table, pack_images, spread, unpack_images
-from vae.run import load, read_config, read_metrics
 from vae.seeding import generator
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import torch
 from fitting import fit
 from linear_gaussian import LinearGaussian
 
-from vae.build import build
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.evaluation.ais import (
     TARGET_ACCEPTANCE,

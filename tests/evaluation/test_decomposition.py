@@ -4,7 +4,7 @@ import pytest
 import torch
 from linear_gaussian import LinearGaussian
 
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.errors import VAEError
 from vae.evaluation.decomposition import aggregate_log_prob, elbo_decomposition
 from vae.flows import PlanarFlow

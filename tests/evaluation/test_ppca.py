@@ -8,7 +8,7 @@ import pytest
 import torch
 from linear_gaussian import LinearGaussian
 
-from vae.build import build
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.evaluation.likelihood import ELBOTotals
 from vae.evaluation.ppca import LinearWeights, optimum, spectrum

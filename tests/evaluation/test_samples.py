@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from vae.build import build
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.evaluation import samples
 from vae.evaluation.samples import (

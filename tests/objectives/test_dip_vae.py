@@ -3,7 +3,7 @@ import torch
 from linear_gaussian import LinearGaussian
 from torch import nn
 
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.gaussian import DiagonalGaussian
 from vae.objectives.dip_vae import DIPVAEI, DIPVAEII, covariance
 from vae.objectives.elbo import BetaVAE

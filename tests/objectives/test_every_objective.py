@@ -6,9 +6,9 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from vae.build import build
 from vae.cli import CONFIGS
-from vae.data.module import Batch
+from vae.data.images import Batch
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.seeding import generator
 

@@ -7,7 +7,7 @@ import torch
 from linear_gaussian import LinearGaussian
 from torch import nn
 
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.errors import VAEError
 from vae.flows import PlanarFlow
 from vae.gaussian import DiagonalGaussian

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from linear_gaussian import LinearGaussian
 from torch import nn
 
-from vae.build import build
-from vae.data.module import Batch
+from vae.data.images import Batch
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.objectives.elbo import BetaVAE
 from vae.objectives.labels import CVAE, M2

@@ -242,7 +242,7 @@ def test_permuted_dimensions_keep_their_values_and_lose_their_correlation():
 
 
 def test_the_discriminator_has_its_own_learning_rate_and_betas(tiny):
-    from vae.run import build
+    from vae.engine.build import build
 
     _, module = build(tiny("objective=factor_vae", "objective.hidden=[8]", "optimizer.lr=0.01"))
     vaes, discriminators = module.configure_optimizers().param_groups

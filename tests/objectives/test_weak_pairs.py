@@ -4,7 +4,7 @@ import pytest
 import torch
 from linear_gaussian import LinearGaussian
 
-from vae.build import build
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
 from vae.objectives.elbo import BetaVAE

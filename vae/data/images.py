@@ -53,3 +53,13 @@ class Splits(NamedTuple):
     train: ImageSet
     val: ImageSet
     test: ImageSet
+
+
+class Batch(NamedTuple):
+    """x: uint8 (B, C, H, W) as loaded, float in [0, 1] once prepared; y: int64 (B, ...) or None; seed: of every draw;
+    partner: like x, images that share most of their factors with those of x, where an objective asked for them."""
+
+    x: Tensor
+    y: Tensor | None
+    seed: int
+    partner: Tensor | None = None

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vae.data.images import Images, ImageSet, Splits
+from vae.data.images import Batch, Images, ImageSet, Splits
 from vae.data.pairs import Partners, partners_of
 from vae.errors import VAEError
 from vae.seeding import derive, generator
 
 BINARIZATIONS = ("none", "threshold", "static", "dynamic")
-
-
-class Batch(NamedTuple):
-    """x: uint8 (B, C, H, W) as loaded, float in [0, 1] once prepared; y: int64 (B, ...) or None; seed: of every draw;
-    partner: like x, images that share most of their factors with those of x, where an objective asked for them."""
-
-    x: Tensor
-    y: Tensor | None
-    seed: int
-    partner: Tensor | None = None
 
 
 class EpochSampler:

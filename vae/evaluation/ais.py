@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.errors import VAEError
 from vae.model import VAE
 from vae.seeding import generator

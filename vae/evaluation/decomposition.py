@@ -15,7 +15,7 @@ from vae.priors import StandardNormal
 from vae.seeding import generator
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch
+    from vae.data.images import Batch
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from vae.model import VAE, Posterior
 from vae.seeding import generator
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch
+    from vae.data.images import Batch
 
 
 class Gaps(NamedTuple):

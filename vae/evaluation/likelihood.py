@@ -12,7 +12,7 @@ from vae.model import VAE, VAEOutput
 from vae.seeding import generator
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch
+    from vae.data.images import Batch
 
 ACTIVE_UNIT_THRESHOLD = 1e-2  # Burda et al. 2016, section 5: Cov_x(E_q[z|x]) > 10^-2
 

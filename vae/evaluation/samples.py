@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae.data.module import Batch, ImageDataModule
+from vae.data.images import Batch
+from vae.data.module import ImageDataModule
 from vae.errors import VAEError
 from vae.files import write_atomically
 from vae.model import VAE

@@ -15,7 +15,8 @@ from vae.model import VAE, Halves, VAEOutput
 from vae.seeding import generator
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch, ImageDataModule
+    from vae.data.images import Batch
+    from vae.data.module import ImageDataModule
 
 
 class Objective(nn.Module):

@@ -29,7 +29,7 @@ from vae.model import VAE, Posterior
 from vae.objectives.elbo import Objective
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch
+    from vae.data.images import Batch
 
 ESTIMATORS = ("reparameterised", "sticking_the_landing", "dreg")
 

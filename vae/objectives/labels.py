@@ -18,7 +18,8 @@ from vae.networks.base import dense_layers
 from vae.objectives.elbo import BetaVAE, Objective, require_not_negative
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch, ImageDataModule
+    from vae.data.images import Batch
+    from vae.data.module import ImageDataModule
 
 
 class CVAE(BetaVAE):

@@ -13,7 +13,7 @@ from vae.model import VAE, VAEOutput
 from vae.objectives.elbo import Objective, require_not_negative
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch
+    from vae.data.images import Batch
 
 # --- kernels: squared distances (...), bandwidth in the same unit -> (...) in (0, 1], 1 at distance zero ----------------
 

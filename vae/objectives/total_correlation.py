@@ -26,7 +26,8 @@ from vae.model import VAE
 from vae.objectives.elbo import Objective, require_gaussian_posterior, require_kl_per_dimension, require_not_negative
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch, ImageDataModule
+    from vae.data.images import Batch
+    from vae.data.module import ImageDataModule
 
 # --- the aggregate posterior from a minibatch -------------------------------------------------------------------------
 

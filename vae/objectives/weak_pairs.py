@@ -15,7 +15,8 @@ from vae.model import VAE
 from vae.objectives.elbo import Objective, require_gaussian_posterior
 
 if TYPE_CHECKING:
-    from vae.data.module import Batch, ImageDataModule
+    from vae.data.images import Batch
+    from vae.data.module import ImageDataModule
 
 
 def share_dimensions(a: DiagonalGaussian, b: DiagonalGaussian) -> tuple[DiagonalGaussian, DiagonalGaussian, Tensor]:

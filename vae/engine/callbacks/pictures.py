@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from vae.engine.module import VAEModule
 from vae.files import write_atomically
 from vae.model import VAE
-from vae.module import VAEModule
 from vae.seeding import generator
 
 # --- pictures: functions of a model, each returning one RGB image (3, H, W) in [0, 1] ---------------------------------

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments.priors.experiment import LONG, SETTINGS, claims, difference, gain, measure_model, overrides, table
 from vae.cli import CONFIGS
-from vae.run import evaluate, train
+from vae.engine.run import evaluate, train
 
 
 def cell(nll: list[float], spread: float, marginal: float) -> dict:

@@ -15,11 +15,11 @@ from omegaconf import DictConfig, MissingMandatoryValue
 from torch import Tensor, nn
 
 from vae.data.module import ImageDataModule
+from vae.engine.module import VAEModule
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
 from vae.hierarchical import BottomDecoder
 from vae.model import VAE
-from vae.module import VAEModule
 from vae.networks import set_output_bias
 from vae.seeding import derive, generator
 

@@ -9,9 +9,10 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
+from vae.engine.build import build
+from vae.engine.lean import Compile, LeanLoop
+from vae.engine.trainer import build_trainer
 from vae.errors import VAEError
-from vae.lean import Compile, LeanLoop
-from vae.run import build, build_trainer
 
 
 class Witness(pl.Callback):
@@ -97,7 +98,7 @@ def test_networks_that_cannot_be_compiled_are_trained_as_they_are(tiny, tmp_path
     plain = trained(tiny(), tmp_path / "plain", True)[0].state_dict()
     monkeypatch.setattr(torch.nn.Module, "compile", broken)
     config.compile = True
-    with caplog.at_level(logging.WARNING, "vae.lean"):
+    with caplog.at_level(logging.WARNING, "vae.engine.lean"):
         compiled = trained(config, tmp_path / "compiled", True)[0].state_dict()
     assert "compile=default is not possible here (RuntimeError: no compiler)" in caplog.text
     assert all(torch.equal(plain[name], compiled[name]) for name in plain)
@@ -119,7 +120,7 @@ def test_a_gpu_that_is_not_there_is_said_and_the_cpu_used(tiny, tmp_path, monkey
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     config = tiny()
     config.trainer.accelerator = "gpu"
-    with caplog.at_level(logging.WARNING, "vae.run"):
+    with caplog.at_level(logging.WARNING, "vae.engine.run"):
         trainer = build_trainer(config, tmp_path)
     assert "there is no GPU here, so the CPU is used" in caplog.text
     assert trainer.strategy.root_device.type == "cpu"

@@ -22,8 +22,8 @@ from experiments.aevb_latent_size.experiment import (
     table,
 )
 from vae.cli import CONFIGS
-from vae.reproduce import Context
-from vae.run import evaluate, train
+from vae.engine.run import evaluate, train
+from vae.experiment import Context
 
 
 def made_up(epochs: int = 300) -> dict:

@@ -1,4 +1,4 @@
-"""vae.objectives.policy against small cases by hand, TRL's formulas, and exact gradients by enumeration."""
+"""vae.policy against small cases by hand, TRL's formulas, and exact gradients by enumeration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from vae.beta import AdaptiveKL, Linear
 from vae.errors import VAEError
 from vae.kl import kl_categorical
-from vae.objectives.policy import (
+from vae.policy import (
     AGGREGATIONS,
     GRPO,
     PPOClip,

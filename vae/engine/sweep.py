@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
-from vae import launcher
 from vae.cli import TRANSIENT, command_line, sentences
+from vae.engine import launcher
 from vae.errors import VAEError
 
 

@@ -1,4 +1,4 @@
-"""vae.objectives.distillation against torch's own losses and the limits in Hinton et al. 2015."""
+"""vae.distillation against torch's own losses and the limits in Hinton et al. 2015."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vae.distillation import DIVERGENCES, Distillation, soft_target_divergence
 from vae.errors import VAEError
-from vae.objectives.distillation import DIVERGENCES, Distillation, soft_target_divergence
 
 
 @pytest.fixture

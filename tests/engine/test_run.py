@@ -10,10 +10,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from vae.build import build
 from vae.cli import CONFIGS
+from vae.engine.build import build
+from vae.engine.folder import continues, resumed_config
+from vae.engine.run import evaluate, train
+from vae.engine.trainer import build_trainer
 from vae.errors import VAEError
-from vae.run import build_trainer, continues, evaluate, resumed_config, train
 
 
 def trained(config, folder, **options):
@@ -200,7 +202,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 5, 6, 9])
 def test_a_run_stopped_at_any_step_and_resumed_ends_bit_identical(stop_at, tiny, tmp_path, monkeypatch):
-    from vae.module import VAEModule
+    from vae.engine.module import VAEModule
 
     schedule = [
         "objective/schedule=linear",
@@ -307,7 +309,7 @@ def test_resuming_takes_the_stored_config_and_plain_changes(tiny, tmp_path):
 
 
 def test_two_processes_do_not_train_the_same_run(tiny, tmp_path):
-    from vae.run import only_process
+    from vae.engine.folder import only_process
 
     with only_process(tmp_path), pytest.raises(VAEError, match="Another process"):
         train(tiny(), tmp_path, [], progress_bar=False)

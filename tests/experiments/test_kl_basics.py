@@ -14,7 +14,7 @@ from rich.console import Console
 from experiments import kl_basics
 from experiments.kl_basics import SNIPPETS
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from vae.data.module import Batch
+from vae.data.images import Batch
 from vae.errors import VAEError
 from vae.evaluation.likelihood import ELBOTotals, bits_per_dim, log_likelihood
 from vae.model import VAE

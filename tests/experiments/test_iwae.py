@@ -22,8 +22,8 @@ from experiments.iwae.experiment import (
     title,
 )
 from experiments.iwae.toy import SPREAD, Toy, agreement, ratio
-from vae.build import instantiate
 from vae.cli import CONFIGS
+from vae.engine.build import instantiate
 
 K = [1, 4, 16, 64, 256, 1024]
 
