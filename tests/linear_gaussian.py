@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vae import networks
 from vae.data.images import Batch
 from vae.likelihoods import Gaussian
 from vae.model import VAE
@@ -23,7 +24,7 @@ class Encoder(nn.Module):
         return torch.cat([mean, self.log_var.expand_as(mean)], -1)
 
 
-class Decoder(nn.Module):
+class Decoder(networks.Decoder):
     def __init__(self, weight: Tensor, bias: Tensor, shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.weight, self.bias, self.shape = nn.Parameter(weight), nn.Parameter(bias), shape

@@ -6,6 +6,7 @@ from fitting import fit
 from test_priors import randomised
 from torch import nn
 
+from vae import networks
 from vae.engine.build import build
 from vae.errors import VAEError
 from vae.evaluation.likelihood import ELBOTotals, log_likelihood
@@ -62,7 +63,7 @@ def chain() -> tuple[VAE, torch.Tensor, torch.Tensor]:
             mean = x.flatten(1) * b / r / precision
             return torch.cat([mean, torch.full_like(mean, -math.log(precision))], -1)
 
-    class Decoder(nn.Module):
+    class Decoder(networks.Decoder):
         def forward(self, z):
             return (b * z).reshape(-1, 1, 1, 1, 1)
 

@@ -77,7 +77,9 @@ def test_a_realnvp_prior_starts_as_the_standard_normal_with_its_gradient_alive()
 def vampprior(pseudo_inputs: int = 7):
     exact = LinearGaussian()
     vae, x = exact.vae(), exact.batch(pseudo_inputs).x.sigmoid()
-    return VampPrior(3, vae.encoder, lambda n: x[:n], pseudo_inputs).double(), vae, x
+    prior = VampPrior(3, pseudo_inputs)
+    prior.setup(vae.encoder, lambda n: x[:n])
+    return prior.double(), vae, x
 
 
 def test_a_vampprior_is_the_average_of_the_encoders_posteriors_at_its_pseudo_inputs():
@@ -90,7 +92,9 @@ def test_a_vampprior_is_the_average_of_the_encoders_posteriors_at_its_pseudo_inp
 
 def test_pseudo_inputs_start_at_training_images_with_their_gradient_alive():
     black_and_white = (LinearGaussian().batch(50).x > 0.5).double()
-    prior = VampPrior(3, LinearGaussian().vae().encoder, lambda n: black_and_white[:n], 50).double()
+    prior = VampPrior(3, 50)
+    prior.setup(LinearGaussian().vae().encoder, lambda n: black_and_white[:n])
+    prior = prior.double()
     assert ((prior.pseudo_inputs() > 0.5) == (black_and_white > 0.5)).all()
     assert (prior.pseudo_inputs() - black_and_white).abs().mean() < 0.06
     prior.log_prob(torch.zeros(1, 3, dtype=torch.float64)).sum().backward()

@@ -23,16 +23,14 @@ from vae.errors import VAEError
 class Schedule(nn.Module):
     """step -> 0-dim multiplier, where step math.inf asks for what it ends on. Controllers also learn by `observe`."""
 
+    #: Whether it is a controller, whose weight follows from what it observed.
+    learns: bool = False
+
     def forward(self, step: float) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not say what the weight is: it must define forward().")
 
     def observe(self, *, rate: Tensor, distortion: Tensor | None = None) -> None:
         """Take in the batch means of one optimiser step, in nats. A schedule that watches the clock ignores them."""
-
-    @property
-    def learns(self) -> bool:
-        """Whether it is a controller, whose weight follows from what it observed."""
-        return type(self).observe is not Schedule.observe
 
     def _hold(self, **numbers: float) -> None:
         for name, value in numbers.items():
@@ -133,6 +131,8 @@ class GECO(Schedule):
     Raises VAEError for options out of range, and from `observe` without a distortion.
     """
 
+    learns = True
+
     def __init__(
         self,
         target: float,
@@ -183,6 +183,8 @@ class ControlVAE(Schedule):
     Raises VAEError for options out of range.
     """
 
+    learns = True
+
     def __init__(
         self,
         target: float,
@@ -226,6 +228,8 @@ class AdaptiveKL(Schedule):
     the original: `batch` of them pass between two observations, and in `horizon` of them the weight changes by at most
     a fifth or so. Raises VAEError for options that are not positive, or batch > horizon.
     """
+
+    learns = True
 
     def __init__(self, target: float, horizon: float = 10_000, init: float = 0.2, batch: float = 1) -> None:
         super().__init__()

@@ -3,8 +3,7 @@
 A step maps `step(z) -> (z', log_det)` with log_det = log|det dz'/dz|, and `step.inverse(z') -> (z, log_det)` undoes it
 and gives the log-determinant of the forward map at z. Shapes: z (..., D), log_det (...).
 
-A posterior family is a module that turns an encoder's output (B, encoder_outputs) into a distribution over z; the first
-2 D numbers are mean and log-variance of the diagonal Gaussian that the flow starts from.
+Of the encoder's output, the first 2 D numbers are mean and log-variance of the diagonal Gaussian that a flow starts from.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
+from vae.model import PosteriorFamily
 from vae.networks.autoregressive import MADE
 from vae.networks.base import checked_widths, dense_layers
 
@@ -120,7 +120,7 @@ class PlanarStep:
 _LOG_E_MINUS_1 = 0.5413248546129181
 
 
-class PlanarFlow(nn.Module):
+class PlanarFlow(PosteriorFamily):
     """Planar flows on a diagonal Gaussian, every parameter amortised: the encoder gives w, u, b of each step.
 
     Rezende & Mohamed 2015, section 4.1. (B, encoder_outputs) -> FlowPosterior. Raises VAEError for no step.
@@ -177,7 +177,7 @@ class IAFStep:
         return self._order(z), F.logsigmoid(gate).sum(-1)
 
 
-class InverseAutoregressiveFlow(nn.Module):
+class InverseAutoregressiveFlow(PosteriorFamily):
     """IAF on a diagonal Gaussian: `steps` autoregressive networks of their own weights, amortised through a context that
     the encoder gives beside mean and log-variance; the order of the latents is reversed between steps.
 

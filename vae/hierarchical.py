@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vae.gaussian import DiagonalGaussian
-from vae.networks.base import checked_widths, dense_layers
-from vae.priors import StandardNormal
+from vae.model import PosteriorFamily
+from vae.networks.base import Decoder, checked_widths, dense_layers
+from vae.priors import Prior, StandardNormal
 
 
 class GaussianLayer(nn.Module):
@@ -58,7 +59,7 @@ class LayeredGaussian:
         return self.bottom.log_prob(h1) + self.above(h1).log_prob(h2)
 
 
-class TwoLayerPosterior(nn.Module):
+class TwoLayerPosterior(PosteriorFamily):
     """q(h1|x) from the encoder's output (B, 2 D1), q(h2|h1) from a network of its own; D1 = latent_dim, D2 = top_dim."""
 
     def __init__(
@@ -73,7 +74,7 @@ class TwoLayerPosterior(nn.Module):
         return LayeredGaussian(DiagonalGaussian.from_parameters(parameters), self.above)
 
 
-class TwoLayerPrior(nn.Module):
+class TwoLayerPrior(Prior):
     """p(h2) = N(0, I), p(h1|h2) from a network; over z = [h1 | h2] with D1 = latent_dim, D2 = top_dim."""
 
     def __init__(
@@ -95,13 +96,13 @@ class TwoLayerPrior(nn.Module):
         return torch.cat([self.below(h2).rsample(generator), h2], -1)
 
 
-class BottomDecoder(nn.Module):
+class BottomDecoder(Decoder):
     """A decoder that reads the first `latent_dim` numbers of z, which are h1."""
 
-    def __init__(self, decoder: nn.Module, latent_dim: int) -> None:
+    def __init__(self, decoder: Decoder, latent_dim: int) -> None:
         super().__init__()
         self.decoder, self.latent_dim = decoder, latent_dim
-        self.autoregressive = getattr(decoder, "autoregressive", False)
+        self.autoregressive = decoder.autoregressive
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vae.gaussian import DiagonalGaussian
 from vae.seeding import generator as generator_of
+
+if TYPE_CHECKING:
+    from vae.networks.base import Decoder
+    from vae.priors import Prior
 
 
 class Posterior(Protocol):
@@ -27,6 +30,29 @@ class Posterior(Protocol):
     def rsample(self, generator: torch.Generator, sample_shape: tuple[int, ...] = ()) -> Tensor: ...
 
     def log_prob(self, z: Tensor) -> Tensor: ...
+
+
+class PosteriorFamily(nn.Module):
+    """The encoder's output (B, encoder_outputs) -> q(z|x) of each image; a module, since a family may have weights."""
+
+    #: How many numbers per image the encoder gives.
+    encoder_outputs: int
+    #: D, the size of z.
+    latent_dim: int
+
+    def forward(self, parameters: Tensor) -> Posterior:
+        raise NotImplementedError
+
+
+class DiagonalFamily(PosteriorFamily):
+    """N(mean, diag(exp(log_var))), as the encoder gives both: (B, 2 D) -> DiagonalGaussian (Kingma & Welling 2014)."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.latent_dim, self.encoder_outputs = latent_dim, 2 * latent_dim
+
+    def forward(self, parameters: Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian.from_parameters(parameters)
 
 
 class Halves:
@@ -73,26 +99,24 @@ class VAEOutput(Halves):
 class VAE(nn.Module):
     """p(x, z) = p(x|z) p(z) with the amortised posterior q(z|x) (Kingma & Welling 2014; Rezende et al. 2014).
 
-    encoder: (B, C, H, W) -> (B, 2 D); decoder: (N, D) -> (N, P, C, H, W); with `num_classes` both also take labels. A
-    decoder with a true `autoregressive` is also given x, and its parameters of a pixel depend on the pixels before it.
-    posterior: the family of q(z|x), encoder's output -> distribution over z, a module if it has weights of its own; then
-    the encoder gives as many numbers as the family asks for.
+    encoder: (B, C, H, W) -> (B, encoder_outputs of the posterior family); decoder: (N, D) -> (N, P, C, H, W); with
+    `num_classes` both also take labels. posterior: the family of q(z|x), by default diagonal Gaussians.
     """
 
     def __init__(
         self,
         encoder: nn.Module,
-        decoder: nn.Module,
-        prior: nn.Module,
+        decoder: Decoder,
+        prior: Prior,
         likelihood: nn.Module,
         num_classes: int = 0,
-        posterior: Callable[[Tensor], Posterior] = DiagonalGaussian.from_parameters,
+        posterior: PosteriorFamily | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.prior, self.likelihood = prior, likelihood
         self.num_classes = num_classes
-        self.posterior = posterior
+        self.posterior = DiagonalFamily(prior.latent_dim) if posterior is None else posterior
 
     @property
     def latent_dim(self) -> int:
@@ -105,7 +129,7 @@ class VAE(nn.Module):
 
     @property
     def autoregressive(self) -> bool:
-        return getattr(self.decoder, "autoregressive", False)
+        return self.decoder.autoregressive
 
     def decode(self, z: Tensor, y: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         """The likelihood's parameters, (..., D) -> (..., P, C, H, W); labels y (...) broadcast against z.
@@ -134,8 +158,9 @@ class VAE(nn.Module):
 
     def kl(self, posterior: Posterior, z: Tensor) -> Tensor:
         """KL(q || p) by closed form, (B, D), where prior and posterior have one; otherwise estimated at z, (..., 1)."""
-        if hasattr(self.prior, "kl") and isinstance(posterior, DiagonalGaussian):
-            return self.prior.kl(posterior)
+        closed = self.prior.kl(posterior) if isinstance(posterior, DiagonalGaussian) else None
+        if closed is not None:
+            return closed
         return (posterior.log_prob(z) - self.prior.log_prob(z)).unsqueeze(-1)
 
     def log_weights(self, x: Tensor, generator: torch.Generator, samples: int, y: Tensor | None = None) -> Tensor:

@@ -1,9 +1,4 @@
-"""p(z): what the aggregate posterior is held to.
-
-A prior has `log_prob(z (..., D)) -> (...)`, `sample(n, generator) -> (n, D)` and, where KL(q(z|x) || p(z)) has a closed
-form, `kl(posterior) -> (..., D)`. Of these only the standard normal has one: for the others the model estimates the rate
-by log q(z|x) - log p(z) at the z it draws.
-"""
+"""p(z): what the aggregate posterior is held to. Only the standard normal has its KL in closed form."""
 
 from __future__ import annotations
 
@@ -20,7 +15,33 @@ from vae.kl import GaussianMixture, gaussian_kl_to_standard_normal
 MAX_ELEMENTS = 2**24  # of a (rows, components, D) block held at a time
 
 
-class StandardNormal(nn.Module):
+class Prior(nn.Module):
+    """p(z) over `latent_dim` numbers. A prior of one's own defines `log_prob` and `sample`, and `kl` where it has one."""
+
+    #: D, the size of z.
+    latent_dim: int
+    #: Whether `setup` uses the model's encoder, which then must take images alone and give a diagonal Gaussian.
+    needs_encoder: bool = False
+
+    def setup(self, encoder: nn.Module, images: Callable[[int], Tensor]) -> None:
+        """Called once, before training. encoder: the model's own; images: called with n, returns n training images
+        (n, C, H, W) in [0, 1], in the run's own random order."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z), (..., D) -> (...), in nats."""
+        raise NotImplementedError
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """n draws, (n, D)."""
+        raise NotImplementedError
+
+    def kl(self, posterior: DiagonalGaussian) -> Tensor | None:
+        """KL(q(z|x) || p(z)) of each dimension, (..., D), in nats; None where it has no closed form, and the model then
+        estimates the rate by log q(z|x) - log p(z) at the z it draws."""
+        return None
+
+
+class StandardNormal(Prior):
     """N(0, I), with its KL in closed form (Kingma & Welling 2014, appendix B)."""
 
     def __init__(self, latent_dim: int) -> None:
@@ -42,7 +63,7 @@ class StandardNormal(nn.Module):
         return gaussian_kl_to_standard_normal(posterior.mean, posterior.log_var)
 
 
-class MixturePrior(nn.Module):
+class MixturePrior(Prior):
     """A mixture of diagonal Gaussians: a subclass says which, in `mixture()`."""
 
     def __init__(self, latent_dim: int) -> None:
@@ -86,23 +107,26 @@ class MixtureOfGaussians(MixturePrior):
 class VampPrior(MixturePrior):
     """1/K sum_k q(z|u_k): the encoder's own posteriors at K learned pseudo-inputs u_k (Tomczak & Welling 2018, eq. 9).
 
-    encoder: (K, C, H, W) -> (K, 2 D), the model's own; it is used here, not owned. images: called with K, returns K
-    training images (K, C, H, W) in [0, 1]. The pseudo-inputs are sigmoid(logits), strictly inside (0, 1): they start at
-    those images drawn towards grey by START_MARGIN, where the sigmoid's gradient is alive (a clamp's would be 0 on black
-    and white pixels), with a little noise that sets equal images apart. Raises VAEError for no pseudo-input.
+    The model's encoder, (K, C, H, W) -> (K, 2 D), is used here, not owned. The pseudo-inputs are sigmoid(logits), strictly
+    inside (0, 1): `setup` starts them at K training images drawn towards grey by START_MARGIN, where the sigmoid's gradient
+    is alive (a clamp's would be 0 on black and white pixels), with a little noise that sets equal images apart.
+    Raises VAEError for no pseudo-input.
     """
+
+    logits: nn.Parameter  # made in `setup`
 
     needs_encoder = True
     START_MARGIN, START_NOISE = 0.05, 0.1  # the pixels' distance from 0 and 1; the standard deviation of the logits
 
-    def __init__(
-        self, latent_dim: int, encoder: nn.Module, images: Callable[[int], Tensor], pseudo_inputs: int = 500
-    ) -> None:
+    def __init__(self, latent_dim: int, pseudo_inputs: int = 500) -> None:
         super().__init__(latent_dim)
         if pseudo_inputs < 1:
             raise VAEError(f"prior.pseudo_inputs={pseudo_inputs} must be at least 1.")
+        self.number = pseudo_inputs
+
+    def setup(self, encoder: nn.Module, images: Callable[[int], Tensor]) -> None:
         self._encoder = (encoder,)  # in a tuple, so that its weights are listed and saved once, as the model's
-        start = torch.logit(self.START_MARGIN + (1 - 2 * self.START_MARGIN) * images(pseudo_inputs))
+        start = torch.logit(self.START_MARGIN + (1 - 2 * self.START_MARGIN) * images(self.number))
         self.logits = nn.Parameter(start + self.START_NOISE * torch.randn_like(start))
 
     def pseudo_inputs(self) -> Tensor:
@@ -114,7 +138,7 @@ class VampPrior(MixturePrior):
         return GaussianMixture(torch.zeros_like(q.mean[:, 0]), q.mean, q.log_var)
 
 
-class RealNVP(nn.Module):
+class RealNVP(Prior):
     """N(0, I) carried through affine couplings (Dinh et al. 2017); starts as N(0, I).
 
     log p(z) = log N(e; 0, I) - log|det dz/de| with e = flow^-1(z), both directions in closed form.

@@ -18,7 +18,9 @@ from vae.data.images import Batch
 from vae.gaussian import DiagonalGaussian
 from vae.likelihoods import Gaussian
 from vae.model import VAE
+from vae.networks import Decoder
 from vae.objectives.importance import IWAE
+from vae.priors import Prior
 from vae.seeding import generator
 
 SPREAD = 2 / 3  # variance of q; the exact posterior's is 1/2
@@ -36,7 +38,7 @@ class RowsEncoder(nn.Module):
         return self.outputs
 
 
-class RowsPrior(nn.Module):
+class RowsPrior(Prior):
     """N(mu, I), with a copy of mu for each data point."""
 
     def __init__(self, mu: Tensor) -> None:
@@ -47,7 +49,7 @@ class RowsPrior(nn.Module):
         return DiagonalGaussian(self.mu, torch.zeros_like(self.mu)).log_prob(z)
 
 
-class IdentityDecoder(nn.Module):
+class IdentityDecoder(Decoder):
     def forward(self, z: Tensor) -> Tensor:
         return z[:, None, None, None, :]
 

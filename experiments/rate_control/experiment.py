@@ -110,6 +110,7 @@ def steer(values: list[float], settings: dict, method: str, target: dict[str, fl
         optimizer.zero_grad()
         terms = objective(vae, nothing, None, step)
         terms["loss"].backward()
+        objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
         optimizer.step()
         schedule.step()
         window.append([float(terms[name]) for name in ("rate", "distortion")] + [float(terms.get("beta", math.nan))])

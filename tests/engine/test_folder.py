@@ -6,6 +6,7 @@ import hydra.utils
 import pytest
 
 from vae.engine.folder import MOVED, read_config
+from vae.objectives.total_correlation import FactorVAE
 
 STORED = """
 callbacks:
@@ -13,7 +14,8 @@ callbacks:
   pictures: {_target_: vae.callbacks.pictures.Pictures, points: 5}
   stopwatch: {_target_: vae.callbacks.records.Stopwatch}
 data:
-  source: {_target_: vae.data.sources.digits}
+  source: {_target_: vae.data.sources.digits, _partial_: true}
+objective: {_target_: vae.objectives.total_correlation.FactorVAE, _partial_: true, hidden: [4]}
 """
 
 
@@ -23,10 +25,11 @@ def test_every_moved_class_of_a_stored_config_is_found_where_it_is_today(tmp_pat
     assert hydra.utils.instantiate(config.callbacks.interruptible).every_n_steps == 7
     assert hydra.utils.instantiate(config.callbacks.pictures).points == 5
     assert config.callbacks.stopwatch._target_ == "vae.engine.callbacks.records.Stopwatch"
+    assert isinstance(hydra.utils.instantiate(config.objective), FactorVAE)
     assert config.data.source._target_ == "vae.data.sources.digits"
 
 
 @pytest.mark.parametrize("old", MOVED)
 def test_no_module_is_left_where_a_moved_one_was(old):
-    with pytest.raises(Exception, match="Error locating target|ModuleNotFoundError|No module named"):
+    with pytest.raises(Exception, match="Error locating target"):
         hydra.utils.get_class(old + "Anything")

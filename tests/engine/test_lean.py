@@ -124,3 +124,13 @@ def test_a_gpu_that_is_not_there_is_said_and_the_cpu_used(tiny, tmp_path, monkey
         trainer = build_trainer(config, tmp_path)
     assert "there is no GPU here, so the CPU is used" in caplog.text
     assert trainer.strategy.root_device.type == "cpu"
+
+
+def test_a_controller_observes_every_training_step_once_and_no_validation(tiny, tmp_path):
+    data, module = build(tiny("objective/schedule=geco", "objective.schedule.target=25", "trainer.max_epochs=2"))
+    seen = []
+    observe = module.objective.schedule.observe
+    module.objective.schedule.observe = lambda **terms: (seen.append(terms), observe(**terms))
+    build_trainer(tiny("trainer.max_epochs=2"), tmp_path).fit(module, data)
+    assert len(seen) == module.steps == 4
+    assert all(set(terms) == {"rate", "distortion"} for terms in seen)

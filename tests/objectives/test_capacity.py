@@ -122,6 +122,7 @@ def settle(objective, vae, steps=2500, lr=0.03):
         terms = objective(vae, EXACT.batch(1), None, step)
         optimizer.zero_grad()
         terms["loss"].backward()
+        objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
         optimizer.step()
         decay.step()
     return terms["rate"].item(), vae.squared_error().item()

@@ -152,8 +152,11 @@ def test_feedback_schedules_compose_and_move_the_weight(tiny, schedule, target):
     config = tiny(f"objective/schedule={schedule}", f"objective.schedule.target={target}")
     objective = instantiate(config.objective)
     data, module = build(config)
-    batch = first_batch(data)
-    weights = [module.objective(module.vae, batch, generator("noise"), 0)["beta"].item() for _ in range(3)]
+    batch, weights = first_batch(data), []
+    for _ in range(3):
+        terms = module.objective(module.vae, batch, generator("noise"), 0)
+        module.objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
+        weights.append(terms["beta"].item())
     assert weights[0] != weights[2]
     assert objective.weight(0).item() == weights[0]
 

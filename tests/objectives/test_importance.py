@@ -13,15 +13,17 @@ from vae.flows import PlanarFlow
 from vae.gaussian import DiagonalGaussian
 from vae.likelihoods import Gaussian
 from vae.model import VAE
+from vae.networks import Decoder
 from vae.objectives.elbo import BetaVAE
 from vae.objectives.importance import CIWAE, ESTIMATORS, IWAE, MIWAE, PIWAE
+from vae.priors import Prior
 from vae.seeding import generator
 
 torch.set_num_threads(1)
 EXACT = LinearGaussian()
 
 
-class UnknownKL(nn.Module):
+class UnknownKL(Prior):
     """The standard normal of a prior that has no closed form to offer, so that rates are estimated at z."""
 
     def __init__(self, prior):
@@ -189,12 +191,12 @@ class Rows(nn.Module):
         return self.outputs
 
 
-class Identity(nn.Module):
+class Identity(Decoder):
     def forward(self, z):
         return z[:, None, None, None, :]
 
 
-class ShiftedNormal(nn.Module):
+class ShiftedNormal(Prior):
     def __init__(self, mu):
         super().__init__()
         self.mu, self.latent_dim = nn.Parameter(mu), mu.shape[-1]

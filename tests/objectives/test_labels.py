@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 from vae.data.images import Batch
 from vae.engine.build import build
 from vae.errors import VAEError
+from vae.networks import Decoder
 from vae.objectives.elbo import BetaVAE
 from vae.objectives.labels import CVAE, M2
+from vae.priors import Prior
 from vae.seeding import generator
 
 EXACT, CLASSES = LinearGaussian(), 3
@@ -26,7 +29,7 @@ class LabelledEncoder(nn.Module):
         return self.encoder(x - OFFSETS[y].reshape(x.shape))
 
 
-class LabelledDecoder(nn.Module):
+class LabelledDecoder(Decoder):
     def __init__(self, decoder):
         super().__init__()
         self.decoder = decoder
@@ -36,7 +39,7 @@ class LabelledDecoder(nn.Module):
         return out + OFFSETS[y].reshape(out.shape)
 
 
-class UnknownKL(nn.Module):
+class UnknownKL(Prior):
     def __init__(self, prior):
         super().__init__()
         self.latent_dim, self.log_prob = prior.latent_dim, prior.log_prob
@@ -62,7 +65,11 @@ class ExactClassifier(nn.Module):
 
 
 def m2(labelled_fraction=0.25, **options):
-    objective = M2((1, 3, 4), CLASSES, labelled_fraction, **options)
+    objective = M2(**options)
+    data = SimpleNamespace(
+        image_shape=(1, 3, 4), num_classes=CLASSES, labelled_fraction=labelled_fraction, add_labelled=lambda n: None
+    )
+    objective.setup(exact_mixture(), data)
     objective.classifier = ExactClassifier()
     return objective.double()
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,7 +179,9 @@ def test_weighted_sampling_has_the_papers_gradient_whose_constants_are_in_the_va
 
 def factor_vae(**options):
     torch.manual_seed(0)
-    return FactorVAE(3, hidden=(16, 16), **options).double()
+    objective = FactorVAE(hidden=(16, 16), **options)
+    objective.setup(LinearGaussian().vae())
+    return objective.double()
 
 
 def test_the_discriminators_loss_does_not_reach_the_encoder_nor_the_vaes_loss_the_discriminator():
@@ -218,7 +221,8 @@ def test_the_best_discriminators_mean_logit_is_the_total_correlation(separate_ba
     rho, n, noise = 0.7, 40_000, generator("correlated")
     z = torch.randn(n, 2, generator=noise, dtype=torch.float64)
     z[:, 1] = rho * z[:, 0] + (1 - rho**2) ** 0.5 * z[:, 1]
-    objective = FactorVAE(2, hidden=(), separate_batches=separate_batches)
+    objective = FactorVAE(hidden=(), separate_batches=separate_batches)
+    objective.setup(SimpleNamespace(latent_dim=2))
     objective.discriminator = nn.Sequential(Quadratic(), nn.Linear(3, 1)).double()
     optimizer = torch.optim.LBFGS(objective.parameters(), max_iter=40, line_search_fn="strong_wolfe")
 

@@ -265,6 +265,10 @@ class ImageDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> BatchLoader:
         return self._loader(self.test_split, False, self.eval_batch_size)
 
+    def batches(self, split: str) -> Iterator[Batch]:
+        """The prepared batches of a split, in the order and with the draws that every evaluation of it has."""
+        return (self.prepare(batch, training=False) for batch in self._loader(split, False, self.eval_batch_size))
+
     def examples(self, split: str, n: int) -> Batch:
         """The first n prepared images of a split, for pictures; as evaluation sees them."""
         images = getattr(self.splits_ready(), split)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import math
-from collections.abc import Callable
 from typing import Any
 
 import hydra.utils
@@ -17,10 +13,11 @@ from torch import Tensor, nn
 from vae.data.module import ImageDataModule
 from vae.engine.module import VAEModule
 from vae.errors import VAEError
-from vae.gaussian import DiagonalGaussian
 from vae.hierarchical import BottomDecoder
-from vae.model import VAE
+from vae.model import VAE, DiagonalFamily, PosteriorFamily
 from vae.networks import set_output_bias
+from vae.objectives.elbo import Objective
+from vae.priors import Prior
 from vae.seeding import derive, generator
 
 
@@ -50,20 +47,19 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
     data.setup()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "init"))
-        objective = instantiate(config.objective)
-        waiting = isinstance(objective, functools.partial)  # for what only the model and the data can tell
-        num_classes = data.num_classes if (objective.func if waiting else objective).conditional else 0
+        objective: Objective = instantiate(config.objective)
+        num_classes = data.num_classes if objective.conditional else 0
         likelihood = instantiate(config.likelihood)
-        network = functools.partial(
-            instantiate(config.network),
+        posterior = (
+            instantiate(config.posterior)(latent_dim=latent_dim) if config.posterior else DiagonalFamily(latent_dim)
+        )
+        encoder, decoder = instantiate(config.network)(
             image_shape=data.image_shape,
+            latent_dim=latent_dim,
+            encoder_outputs=posterior.encoder_outputs,
             params_per_pixel=likelihood.params_per_pixel,
             num_classes=num_classes,
         )
-        encoder, decoder = network(latent_dim=latent_dim)
-        posterior = instantiate(config.posterior)(latent_dim=latent_dim) if config.posterior else None
-        if posterior is not None and posterior.encoder_outputs > 2 * latent_dim:  # the same network, wider at its end
-            encoder, _ = network(latent_dim=math.ceil(posterior.encoder_outputs / 2))
         prior = build_prior(config, data, encoder, posterior)
         vae = VAE(
             encoder,
@@ -71,11 +67,9 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
             prior,
             likelihood,
             num_classes,
-            posterior or DiagonalGaussian.from_parameters,
+            posterior,
         )
-        if waiting:
-            objective = objective(**facts_for(objective, vae, data))
-    objective.prepare(vae, data)
+        objective.setup(vae, data)
     if config.model.output_bias_from_data:
         set_output_bias(decoder, likelihood.bias_for_mean(data.train_mean()))
     module = VAEModule(
@@ -88,37 +82,18 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
     return data, module
 
 
-def facts_for(objective: functools.partial, vae: VAE, data: ImageDataModule) -> dict[str, Any]:
-    """What an objective's constructor asks for by these names, where the config does not give it."""
-    facts: dict[str, Callable[[], Any]] = {
-        "image_shape": lambda: data.image_shape,
-        "latent_dim": lambda: vae.latent_dim,
-        "num_classes": lambda: data.num_classes,
-        "dataset_size": lambda: len(data.splits_ready().train),
-        "labelled_fraction": lambda: data.labelled_fraction,
-    }
-    asked = inspect.signature(objective.func).parameters
-    return {name: fact() for name, fact in facts.items() if name in asked and objective.keywords.get(name) is None}
-
-
-def build_prior(
-    config: DictConfig, data: ImageDataModule, encoder: nn.Module, posterior: nn.Module | None
-) -> nn.Module:
-    """The prior that a config describes; one that reads the model's encoder is given that and training images."""
-    make = instantiate(config.prior)
-    if getattr(make.func, "needs_encoder", False):
-        if posterior is not None or encoder.num_classes:
-            raise VAEError(
-                "prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels."
-            )
-
-        def images(n: int) -> Tensor:
-            train = data.splits_ready().train
-            order = torch.randperm(len(train), generator=generator(config.seed, "pseudo-inputs"))
-            return data.scale(train.gather(order[torch.arange(n) % len(train)])[0])
-
-        make = functools.partial(make, encoder=encoder, images=images)
-    prior = make(latent_dim=config.model.latent_dim)
-    if prior.latent_dim != (config.model.latent_dim if posterior is None else posterior.latent_dim):
+def build_prior(config: DictConfig, data: ImageDataModule, encoder: nn.Module, posterior: PosteriorFamily) -> Prior:
+    """The prior that a config describes, set up with the model's encoder and training images."""
+    prior: Prior = instantiate(config.prior)(latent_dim=config.model.latent_dim)
+    if prior.needs_encoder and not (isinstance(posterior, DiagonalFamily) and encoder.num_classes == 0):
+        raise VAEError("prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels.")
+    if prior.latent_dim != posterior.latent_dim:
         raise VAEError("A two-layer model needs both prior=two_layer and posterior=two_layer, with the same top_dim.")
+
+    def images(n: int) -> Tensor:
+        train = data.splits_ready().train
+        order = torch.randperm(len(train), generator=generator(config.seed, "pseudo-inputs"))
+        return data.scale(train.gather(order[torch.arange(n) % len(train)])[0])
+
+    prior.setup(encoder, images)
     return prior

@@ -33,6 +33,8 @@ MOVED = {
 def renewed(config: Any) -> Any:
     """`config`, plain dicts and lists, with the `_target_`s that an earlier version stored where they are today."""
     if isinstance(config, dict):
+        if str(config.get("_target_")).startswith("vae.objectives."):
+            config = {key: value for key, value in config.items() if key != "_partial_"}  # what `setup` does today
         return {key: _renewed_target(value) if key == "_target_" else renewed(value) for key, value in config.items()}
     return [renewed(value) for value in config] if isinstance(config, list) else config
 

@@ -14,7 +14,7 @@ from vae.data.images import Batch
 from vae.errors import VAEError
 from vae.evaluation.likelihood import ELBOTotals, bits_per_dim, log_likelihood
 from vae.model import VAE
-from vae.objectives.elbo import Objective
+from vae.objectives.elbo import Objective, SinglePass
 from vae.seeding import generator
 
 
@@ -74,6 +74,7 @@ class VAEModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noise = generator(batch.seed, "z", device=batch.x.device)
         terms = self.objective(self.vae, batch, noise, self.steps)
+        self.objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
         # Nothing is added up, and nothing waits for the device, until the window ends. Copies, because a term may be a
         # buffer that changes, and a captured graph writes its results to the same place each time.
         self._open.append({name: value.detach().clone() for name, value in terms.items()})
@@ -130,7 +131,7 @@ class VAEModule(pl.LightningModule):
 
     def _measure(self, batch: Batch) -> None:
         out = self._totals.update(self.vae, batch)
-        if self.objective.is_of_one_pass:
+        if isinstance(self.objective, SinglePass):
             terms = self.objective.of_pass(out, self.steps)
         else:
             noise = generator(batch.seed, "z", device=batch.x.device)

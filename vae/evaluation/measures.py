@@ -94,8 +94,8 @@ def encode(vae: VAE, data: ImageDataModule, grid: Any, index: torch.Tensor) -> C
         means.append(posterior.mean)
         log_vars.append(posterior.log_var)
         factors.append(y)
-        if hasattr(vae.prior, "kl"):
-            kls.append(vae.prior.kl(posterior))
+        if (kl := vae.prior.kl(posterior)) is not None:
+            kls.append(kl)
     return Codes(
         torch.cat(means).cpu().numpy(),
         torch.cat(factors).cpu().numpy(),

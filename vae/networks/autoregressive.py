@@ -122,6 +122,7 @@ def made(
     decoder_hidden: Sequence[int] = (500,),
     activation: str = "relu",
     num_classes: int = 0,
+    encoder_outputs: int | None = None,
 ) -> tuple[ImageEncoder, MADEDecoder]:
     """The encoder of `mlp`; as decoder MADE over the pixels (Germain et al. 2015), its hidden units told z.
 
@@ -130,6 +131,6 @@ def made(
     """
     shape = checked_image_shape(image_shape, latent_dim, params_per_pixel, num_classes)
     sizes = (math.prod(shape) + num_classes, *checked_widths(hidden))
-    head = nn.Sequential(*dense_layers(sizes, activation), nn.Linear(sizes[-1], 2 * latent_dim))
+    head = nn.Sequential(*dense_layers(sizes, activation), nn.Linear(sizes[-1], encoder_outputs or 2 * latent_dim))
     decoder = MADEDecoder(latent_dim, decoder_hidden, activation, (params_per_pixel, *shape), num_classes)
     return ImageEncoder(nn.Flatten(), head, num_classes), decoder

@@ -27,8 +27,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class ImageEncoder(nn.Module):
-    """(B, C, H, W) [, y] -> (B, 2 * latent_dim): `trunk` turns an image into features (B, F), to which the label is
-    appended before `head`, (B, F + num_classes) -> (B, 2 * latent_dim)."""
+    """(B, C, H, W) [, y] -> (B, encoder_outputs): `trunk` turns an image into features (B, F), to which the label is
+    appended before `head`, (B, F + num_classes) -> (B, encoder_outputs)."""
 
     def __init__(self, trunk: nn.Module, head: nn.Module, num_classes: int = 0) -> None:
         super().__init__()
@@ -38,7 +38,16 @@ class ImageEncoder(nn.Module):
         return self.head(with_label(self.trunk(x), y, self.num_classes))
 
 
-class ImageDecoder(nn.Module):
+class Decoder(nn.Module):
+    """(N, latent_dim) [, x] [, y] -> (N, P, C, H, W), the likelihood's P parameters of each pixel."""
+
+    #: Whether forward is also given the image x (B, C, H, W), each pixel then depending on those before it.
+    autoregressive: bool = False
+    #: (C, H, W).
+    image_shape: tuple[int, int, int]
+
+
+class ImageDecoder(Decoder):
     """(N, latent_dim) [, y] -> (N, P, C, H, W): `body` maps z, the label appended, to N * P * C * H * W numbers without
     a bias of their own; `output_bias`, a trained parameter (P, C, H, W), is added to them.
 
@@ -46,9 +55,6 @@ class ImageDecoder(nn.Module):
     convolutional one it replaces one bias a channel: P C (H W - 1) more parameters, and the constant part of the output
     is no longer the same everywhere; what depends on z stays convolutional.
     """
-
-    #: Whether the decoder is also given the image, to tell each pixel from those before it.
-    autoregressive = False
 
     def __init__(self, body: nn.Module, output_shape: tuple[int, int, int, int], num_classes: int = 0) -> None:
         super().__init__()

@@ -40,7 +40,12 @@ VARIANTS = {
 
 
 def burgess(
-    image_shape: Sequence[int], latent_dim: int, params_per_pixel: int, variant: str = "burgess", num_classes: int = 0
+    image_shape: Sequence[int],
+    latent_dim: int,
+    params_per_pixel: int,
+    variant: str = "burgess",
+    num_classes: int = 0,
+    encoder_outputs: int | None = None,
 ) -> tuple[ImageEncoder, ImageDecoder]:
     """The 64x64 ReLU net of Burgess et al. 2018, or ("dlib") of Locatello et al. 2019.
 
@@ -50,7 +55,8 @@ def burgess(
     shape = checked_image_shape(image_shape, latent_dim, params_per_pixel, num_classes)
     if shape[1:] != (64, 64):
         raise VAEError(f"The Burgess network is for 64x64 images, not {shape[1]}x{shape[2]}: use network=conv.")
-    return _strided_pair(shape, latent_dim, params_per_pixel, named("variant", variant, VARIANTS), "relu", num_classes)
+    layers = named("variant", variant, VARIANTS)
+    return _strided_pair(shape, latent_dim, params_per_pixel, layers, "relu", num_classes, encoder_outputs)
 
 
 def conv(
@@ -61,6 +67,7 @@ def conv(
     dense: Sequence[int] = (256,),
     activation: str = "relu",
     num_classes: int = 0,
+    encoder_outputs: int | None = None,
 ) -> tuple[ImageEncoder, ImageDecoder]:
     """Images of any size from 8x8: 4x4 convolutions of stride 2 until the shorter side is 4 to 7, then dense layers.
 
@@ -70,7 +77,7 @@ def conv(
     shape = checked_image_shape(image_shape, latent_dim, params_per_pixel, num_classes)
     widths = tuple(channels * min(2**i, 4) for i in range(halvings_to_four(shape)))
     layers = Layers(checked_widths(widths), (4,) * len(widths), checked_widths(dense))
-    return _strided_pair(shape, latent_dim, params_per_pixel, layers, activation, num_classes)
+    return _strided_pair(shape, latent_dim, params_per_pixel, layers, activation, num_classes, encoder_outputs)
 
 
 def _strided_pair(
@@ -80,6 +87,7 @@ def _strided_pair(
     layers: Layers,
     activation: str,
     num_classes: int,
+    encoder_outputs: int | None,
 ) -> tuple[ImageEncoder, ImageDecoder]:
     nonlinearity = named("activation", activation, ACTIVATIONS)
     widths = (shape[0], *layers.channels)
@@ -92,7 +100,7 @@ def _strided_pair(
         # this padding leaves floor(side / 2) pixels, and kernel 4 sees each pixel of an odd side too
         trunk += [nn.Conv2d(widths[i], widths[i + 1], kernel, stride=2, padding=(kernel - 2) // 2), nonlinearity()]
     dense = (features + num_classes, *layers.dense)
-    head = [*dense_layers(dense, activation), nn.Linear(dense[-1], 2 * latent_dim)]
+    head = [*dense_layers(dense, activation), nn.Linear(dense[-1], encoder_outputs or 2 * latent_dim)]
 
     body = [
         *dense_layers((latent_dim + num_classes, *layers.dense[::-1], features), activation),

@@ -28,6 +28,7 @@ def mlp(
     decoder_activation: str | None = None,
     init: str = "torch",
     num_classes: int = 0,
+    encoder_outputs: int | None = None,
 ) -> tuple[ImageEncoder, ImageDecoder]:
     """pixels - hidden - 2 * latent_dim, and latent_dim - decoder_hidden - pixels.
 
@@ -42,7 +43,9 @@ def mlp(
     decoder_hidden = tuple(hidden)[::-1] if decoder_hidden is None else decoder_hidden
 
     encoder_sizes = (pixels + num_classes, *checked_widths(hidden))
-    head = nn.Sequential(*dense_layers(encoder_sizes, activation), nn.Linear(encoder_sizes[-1], 2 * latent_dim))
+    head = nn.Sequential(
+        *dense_layers(encoder_sizes, activation), nn.Linear(encoder_sizes[-1], encoder_outputs or 2 * latent_dim)
+    )
 
     decoder_sizes = (latent_dim + num_classes, *checked_widths(decoder_hidden))
     last = nn.Linear(decoder_sizes[-1], params_per_pixel * pixels, bias=False)
@@ -55,7 +58,11 @@ def mlp(
 
 
 def linear(
-    image_shape: Sequence[int], latent_dim: int, params_per_pixel: int, num_classes: int = 0
+    image_shape: Sequence[int],
+    latent_dim: int,
+    params_per_pixel: int,
+    num_classes: int = 0,
+    encoder_outputs: int | None = None,
 ) -> tuple[ImageEncoder, ImageDecoder]:
     """The linear VAE of Lucas et al. 2019: q(z|x) = N(V x + c, diag(s)), decoder W z + m.
 
@@ -63,7 +70,7 @@ def linear(
     ELBO's maximum is pPCA's likelihood, exactly. Raises VAEError for a size below 1.
     """
     shape = checked_image_shape(image_shape, latent_dim, params_per_pixel, num_classes)
-    head = ConstantVarianceLinear(math.prod(shape) + num_classes, latent_dim)
+    head = ConstantVarianceLinear(math.prod(shape) + num_classes, (encoder_outputs or 2 * latent_dim) // 2)
     body = nn.Linear(latent_dim + num_classes, params_per_pixel * math.prod(shape), bias=False)
     return ImageEncoder(nn.Flatten(), head, num_classes), ImageDecoder(body, (params_per_pixel, *shape), num_classes)
 

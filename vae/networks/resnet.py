@@ -28,6 +28,7 @@ def resnet(
     blocks: int = 1,
     dense: Sequence[int] = (256,),
     num_classes: int = 0,
+    encoder_outputs: int | None = None,
 ) -> tuple[ImageEncoder, ImageDecoder]:
     """At each resolution down to a shorter side of 4 to 7 pixels: `blocks` residual blocks, then a halving (a 4x4
     convolution of stride 2; in the decoder nearest-neighbour upsampling and a 3x3 convolution), then dense layers.
@@ -53,7 +54,7 @@ def resnet(
     trunk += [ResidualBlock(widths[-1]) for _ in range(blocks)]
     trunk += [*_normalised(widths[-1]), nn.Flatten()]
     head_sizes = (features + num_classes, *dense)
-    head = [*dense_layers(head_sizes, "silu"), nn.Linear(head_sizes[-1], 2 * latent_dim)]
+    head = [*dense_layers(head_sizes, "silu"), nn.Linear(head_sizes[-1], encoder_outputs or 2 * latent_dim)]
 
     body_sizes = (latent_dim + num_classes, *dense[::-1])
     body = [*dense_layers(body_sizes, "silu"), nn.Linear(body_sizes[-1], features), nn.Unflatten(1, smallest)]

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from vae.errors import VAEError
 from vae.model import VAE, VAEOutput
-from vae.objectives.elbo import Objective, require_kl_per_dimension, require_not_negative
+from vae.objectives.elbo import SinglePass, require_kl_per_dimension, require_not_negative
 
 if TYPE_CHECKING:
     from vae.data.module import ImageDataModule
 
 
-class Capacity(Objective):
+class Capacity(SinglePass):
     """distortion + gamma |rate - C(t)|, with C(t) = capacity * schedule(t) in nats and the rate a batch mean.
 
     Burgess et al. 2018, equation 8: capacity 25, gamma 1000, schedule Linear over 100,000 steps. Where gamma is above
@@ -38,7 +38,7 @@ class Capacity(Objective):
         return self.named_terms(loss, out, capacity=capacity)
 
 
-class FreeBits(Objective):
+class FreeBits(SinglePass):
     """distortion + beta sum_j max(free_nats, KL_j), KL_j the batch mean of group j of the latent dimensions.
 
     Kingma et al. 2016, "free bits". groups: how many, each of neighbouring dimensions; None makes each dimension one. A
@@ -59,7 +59,7 @@ class FreeBits(Objective):
         self.register_buffer("free_nats", torch.tensor(float(free_nats)))
         self.groups = groups
 
-    def prepare(self, vae: VAE, data: ImageDataModule) -> None:
+    def setup(self, vae: VAE, data: ImageDataModule) -> None:
         if self.groups != 1:
             require_kl_per_dimension(self, vae, data)
         if self.groups is not None and vae.latent_dim % self.groups:

@@ -45,7 +45,7 @@ class DIPVAEI(Objective):
         self.register_buffer("lambda_od", torch.tensor(float(lambda_od)))
         self.register_buffer("lambda_d", torch.tensor(float(lambda_d)))
 
-    def prepare(self, vae: VAE, data: ImageDataModule) -> None:
+    def setup(self, vae: VAE, data: ImageDataModule) -> None:
         require_gaussian_posterior(self, vae, data)
 
     def covariance(self, posterior: DiagonalGaussian) -> Tensor:

@@ -40,8 +40,9 @@ class Objective(nn.Module):
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.schedule = Constant() if schedule is None else schedule
 
-    def prepare(self, vae: VAE, data: ImageDataModule) -> None:
-        """Called once before training: asks the data for what its batches must carry.
+    def setup(self, vae: VAE, data: ImageDataModule) -> None:
+        """Called once, before training and before weights are loaded: the place to make modules whose size follows from
+        the model or the data, and to ask the data for what its batches must carry.
 
         Raises VAEError, in one sentence, for a model or data that the objective makes no sense with.
         """
@@ -55,25 +56,27 @@ class Objective(nn.Module):
         return self.beta * self.multiplier(step)
 
     def named_terms(self, loss: Tensor, out: Halves, **more: Tensor) -> dict[str, Tensor]:
-        """The loss beside the two halves of the ELBO; a feedback controller is told of them while training."""
+        """The loss beside the two halves of the ELBO."""
         distortion, rate = out.mean_distortion.detach(), out.mean_rate.detach()
-        if self.training:
-            self.schedule.observe(rate=rate, distortion=distortion)
         return {"loss": loss, "elbo": -(distortion + rate), "distortion": distortion, "rate": rate, **more}
+
+    def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        """The terms of a batch, 0-dim each. generator: of every draw; step: how many batches were trained on before."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward().")
+
+
+class SinglePass(Objective):
+    """An objective of one pass of the batch through the model, and nothing else: validation measures that same pass."""
 
     def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         return self.of_pass(vae(batch.x, generator, batch.y), step)
 
     def of_pass(self, out: VAEOutput, step: int) -> dict[str, Tensor]:
-        """The terms of an objective that needs one pass of the batch and nothing else; any other defines forward()."""
-        raise TypeError(f"{type(self).__name__} does not say what it minimises: it must define forward() or of_pass().")
-
-    @property
-    def is_of_one_pass(self) -> bool:
-        return type(self).forward is Objective.forward
+        """The terms, from what the model made of the batch."""
+        raise NotImplementedError(f"{type(self).__name__} must define of_pass().")
 
 
-class BetaVAE(Objective):
+class BetaVAE(SinglePass):
     """distortion + beta * rate: the negative ELBO at beta = 1 (Kingma & Welling 2014), Higgins et al. 2017 otherwise."""
 
     def of_pass(self, out: VAEOutput, step: int) -> dict[str, Tensor]:

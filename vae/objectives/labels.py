@@ -30,7 +30,7 @@ class CVAE(BetaVAE):
 
     conditional = True
 
-    def prepare(self, vae: VAE, data: ImageDataModule) -> None:
+    def setup(self, vae: VAE, data: ImageDataModule) -> None:
         if data.labelled_fraction < 1:
             raise VAEError("CVAE needs the label of every image: leave data.labelled out, or use objective=m2.")
 
@@ -64,9 +64,6 @@ class M2(Objective):
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-        labelled_fraction: float,
         alpha: float = 0.1,
         hidden: Sequence[int] = (500,),
         activation: str = "softplus",
@@ -77,14 +74,15 @@ class M2(Objective):
         super().__init__(beta, schedule)
         require_not_negative(self, alpha=alpha, labelled_per_batch=labelled_per_batch)
         self.register_buffer("alpha", torch.tensor(float(alpha)))
-        self.register_buffer("labelled_fraction", torch.tensor(float(labelled_fraction)))
-        sizes = (math.prod(image_shape), *hidden)
-        self.classifier = nn.Sequential(
-            nn.Flatten(), *dense_layers(sizes, activation), nn.Linear(sizes[-1], num_classes)
-        )
-        self.num_classes, self.labelled_per_batch = num_classes, labelled_per_batch
+        self.hidden, self.activation, self.labelled_per_batch = tuple(hidden), activation, labelled_per_batch
 
-    def prepare(self, vae: VAE, data: ImageDataModule) -> None:
+    def setup(self, vae: VAE, data: ImageDataModule) -> None:
+        sizes = (math.prod(data.image_shape), *self.hidden)
+        self.num_classes = data.num_classes
+        self.register_buffer("labelled_fraction", torch.tensor(float(data.labelled_fraction)))
+        self.classifier = nn.Sequential(
+            nn.Flatten(), *dense_layers(sizes, self.activation), nn.Linear(sizes[-1], self.num_classes)
+        )
         if not 0 < self.labelled_fraction < 1:
             raise VAEError(
                 "M2 learns from labelled and unlabelled images: set data.labelled to how many keep their label."

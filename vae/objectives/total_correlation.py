@@ -96,7 +96,8 @@ class BetaTCVAE(Objective):
     the same mean and less variance, and is the VAE exactly at alpha = beta = gamma = 1 (Locatello et al. 2019: gamma = 1
     and alpha = 1). The schedule multiplies all three weights.
 
-    sampling: "weighted" or "stratified", see `log_importance_weights`; dataset_size: N. Needs a diagonal Gaussian
+    sampling: "weighted" or "stratified", see `log_importance_weights`; dataset_size: N, by default the number of training
+    images. Needs a diagonal Gaussian
     posterior and a prior that factorises.
 
     Terms: mutual_information, total_correlation, dimension_wise_kl, which add up to the rate; by stratified weights
@@ -105,7 +106,7 @@ class BetaTCVAE(Objective):
 
     def __init__(
         self,
-        dataset_size: int,
+        dataset_size: int | None = None,
         beta: float = 6.0,
         alpha: float = 1.0,
         gamma: float = 1.0,
@@ -116,15 +117,17 @@ class BetaTCVAE(Objective):
         require_not_negative(self, alpha=alpha, gamma=gamma)
         if sampling not in SAMPLINGS:
             raise VAEError(f"objective.sampling={sampling!r} is unknown: choose one of {', '.join(SAMPLINGS)}.")
-        if dataset_size < 1:
+        if dataset_size is not None and dataset_size < 1:
             raise VAEError(f"objective.dataset_size={dataset_size} must be at least 1.")
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.register_buffer("gamma", torch.tensor(float(gamma)))
         self.dataset_size, self.sampling = dataset_size, sampling
 
-    def prepare(self, vae: VAE, data: ImageDataModule) -> None:
+    def setup(self, vae: VAE, data: ImageDataModule) -> None:
         require_gaussian_posterior(self, vae, data)
         require_kl_per_dimension(self, vae, data)
+        if self.dataset_size is None:
+            self.dataset_size = len(data.splits_ready().train)
 
     def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         out = vae(batch.x, generator, batch.y)
@@ -188,7 +191,6 @@ class FactorVAE(Objective):
 
     def __init__(
         self,
-        latent_dim: int,
         gamma: float = 35.0,
         beta: float = 1.0,
         hidden: Sequence[int] = (1000,) * 6,
@@ -200,9 +202,12 @@ class FactorVAE(Objective):
         super().__init__(beta, schedule)
         require_not_negative(self, gamma=gamma)
         self.register_buffer("gamma", torch.tensor(float(gamma)))
-        self.discriminator = discriminator(latent_dim, hidden)
+        self.hidden = tuple(hidden)
         self.optimizer_options = {"lr": discriminator_lr, "betas": tuple(discriminator_betas)}
         self.separate_batches = separate_batches
+
+    def setup(self, vae: VAE, data: ImageDataModule | None = None) -> None:
+        self.discriminator = discriminator(vae.latent_dim, self.hidden)
 
     def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         out = vae(batch.x, generator, batch.y)

@@ -46,7 +46,7 @@ class AdaGVAE(Objective):
         super().__init__(beta, schedule)
         self.changed_factors = changed_factors
 
-    def prepare(self, vae: VAE, data: ImageDataModule) -> None:
+    def setup(self, vae: VAE, data: ImageDataModule) -> None:
         data.add_partners(self.changed_factors)
         require_gaussian_posterior(self, vae, data)
 
