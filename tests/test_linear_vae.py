@@ -12,7 +12,7 @@ from vae.data.sources import mnist
 from vae.engine.build import build
 from vae.likelihoods import LearnedSigmaGaussian
 from vae.model import VAE
-from vae.networks import linear, set_output_bias
+from vae.networks import linear
 from vae.objectives.elbo import BetaVAE
 from vae.priors import StandardNormal
 from vae.seeding import generator
@@ -69,7 +69,7 @@ def test_linear_vae_trained_on_mnist_reaches_the_published_optimum(data_dir):
         torch.manual_seed(0)
         encoder, decoder = linear((1, 28, 28), 10, 1)
     vae, objective = VAE(encoder, decoder, StandardNormal(10), LearnedSigmaGaussian(0.3)), BetaVAE()
-    set_output_bias(decoder, x.mean(0).unsqueeze(0))
+    decoder.set_output_bias(x.mean(0).unsqueeze(0))
     optimizer = torch.optim.Adam(vae.parameters(), lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6000)
     noise = generator("linear VAE on MNIST")

@@ -9,7 +9,7 @@ from torch import nn
 
 from vae.errors import VAEError
 from vae.likelihoods import Bernoulli, DiscretisedLogisticMixture, Gaussian
-from vae.networks import burgess, conv, linear, mlp, resnet, set_output_bias
+from vae.networks import burgess, conv, linear, mlp, resnet
 from vae.networks.base import dense_layers
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (1, 28, 20), (3, 32, 32), (2, 13, 9), (1, 64, 64)]
@@ -52,7 +52,7 @@ def test_every_pixel_is_seen_and_every_output_depends_on_z_and_its_own_bias(buil
     assert params.shape == (2, 2, *shape)
     assert ((params[0] - params[1]) != 0).float().mean() > 0.98
     bias = noise(2, *shape, seed=1)
-    set_output_bias(decoder, bias)
+    decoder.set_output_bias(bias)
     torch.testing.assert_close(decoder(z), params + bias, rtol=1e-4, atol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_a_decoder_of_zero_weights_predicts_the_mean_image_given_as_bias(builder
     mean = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 0.99 + 0.005
     for parameter in decoder.parameters():
         nn.init.zeros_(parameter)
-    set_output_bias(decoder, likelihood.bias_for_mean(mean))
+    decoder.set_output_bias(likelihood.bias_for_mean(mean))
     predicted = likelihood.mean(decoder(noise(2, 4)))
     torch.testing.assert_close(predicted, mean.expand(2, *shape), rtol=0, atol=1e-5)
 
@@ -203,7 +203,7 @@ def test_what_makes_no_sense_is_refused_in_a_sentence():
         lambda: conv((1, 28, 28), 2, 1, activation="gated"),
         lambda: resnet((1, 28, 28), 2, 1, channels=12),
         lambda: resnet((1, 28, 28), 2, 1, blocks=0),
-        lambda: set_output_bias(mlp((1, 8, 8), 2, 2)[1], torch.zeros(1, 1, 8, 8)),
+        lambda: mlp((1, 8, 8), 2, 2)[1].set_output_bias(torch.zeros(1, 1, 8, 8)),
         lambda: plain(x, torch.zeros(2, dtype=torch.int64)),
         lambda: conditional(x),
         lambda: conditional(x, torch.zeros(2, 4)),

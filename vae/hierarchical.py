@@ -108,5 +108,8 @@ class BottomDecoder(Decoder):
     def image_shape(self) -> tuple[int, int, int]:
         return self.decoder.image_shape
 
+    def set_output_bias(self, bias: Tensor) -> None:
+        self.decoder.set_output_bias(bias)
+
     def forward(self, z: Tensor, *others: Tensor) -> Tensor:
         return self.decoder(z[..., : self.latent_dim], *others)

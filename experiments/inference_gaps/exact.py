@@ -18,7 +18,7 @@ from vae.evaluation.gaps import inference_gaps
 from vae.kl import kl_gaussian_full
 from vae.likelihoods import Gaussian
 from vae.model import VAE
-from vae.networks import linear, set_output_bias
+from vae.networks import linear
 from vae.priors import StandardNormal
 from vae.seeding import derive, generator
 
@@ -78,7 +78,7 @@ def exact_model(seed: int) -> ExactModel:
     vae = VAE(encoder, decoder, StandardNormal(LATENTS), Gaussian(math.sqrt(VARIANCE))).double().requires_grad_(False)
     vae.likelihood.log_sigma.fill_(0.5 * math.log(VARIANCE))  # in double precision to the last bit
     decoder.body.weight.copy_(weight)
-    set_output_bias(decoder, mean.view(1, *SHAPE))
+    decoder.set_output_bias(mean.view(1, *SHAPE))
     head = encoder.head
     head.mean.weight.copy_(torch.linalg.solve(precision, weight.T) / VARIANCE)
     head.mean.bias.copy_(SHIFT - head.mean.weight @ mean)

@@ -1,4 +1,4 @@
-"""From a config to the data and the untrained model that it describes."""
+"""From a config to the data and the untrained model that it describes, by Hydra."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import hydra.utils
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, MissingMandatoryValue
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae.data.module import ImageDataModule
+from vae.engine.assemble import ImageFacts, assemble
 from vae.engine.module import VAEModule
 from vae.errors import VAEError
-from vae.hierarchical import BottomDecoder
-from vae.model import VAE, DiagonalFamily, PosteriorFamily
-from vae.networks import set_output_bias
 from vae.objectives.elbo import Objective
-from vae.priors import Prior
 from vae.seeding import derive, generator
 
 
@@ -35,6 +32,18 @@ def instantiate(config: Any, **options: Any) -> Any:
         raise VAEError(sentence) from error
 
 
+def build_data(config: DictConfig) -> ImageDataModule:
+    """The data set that a config describes, loaded."""
+    data: ImageDataModule = instantiate(config.data, seed=config.seed)
+    data.setup()
+    return data
+
+
+def image_facts(data: ImageDataModule, objective: Objective) -> ImageFacts:
+    """What the size of a model trained on this data by this objective follows from."""
+    return ImageFacts(data.image_shape, data.num_classes if objective.conditional else 0)
+
+
 def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
     """The data and the untrained module that a config describes; initial weights follow from `config.seed`.
 
@@ -43,35 +52,20 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
     latent_dim = config.model.latent_dim
     if not isinstance(latent_dim, int) or latent_dim < 1:
         raise VAEError(f"model.latent_dim={latent_dim} must be a whole number of at least 1.")
-    data: ImageDataModule = instantiate(config.data, seed=config.seed)
-    data.setup()
+    data = build_data(config)
+
+    def images(n: int) -> Tensor:
+        train = data.splits_ready().train
+        order = torch.randperm(len(train), generator=generator(config.seed, "pseudo-inputs"))
+        return data.scale(train.gather(order[torch.arange(n) % len(train)])[0])
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "init"))
         objective: Objective = instantiate(config.objective)
-        num_classes = data.num_classes if objective.conditional else 0
-        likelihood = instantiate(config.likelihood)
-        posterior = (
-            instantiate(config.posterior)(latent_dim=latent_dim) if config.posterior else DiagonalFamily(latent_dim)
-        )
-        encoder, decoder = instantiate(config.network)(
-            image_shape=data.image_shape,
-            latent_dim=latent_dim,
-            encoder_outputs=posterior.encoder_outputs,
-            params_per_pixel=likelihood.params_per_pixel,
-            num_classes=num_classes,
-        )
-        prior = build_prior(config, data, encoder, posterior)
-        vae = VAE(
-            encoder,
-            decoder if prior.latent_dim == latent_dim else BottomDecoder(decoder, latent_dim),
-            prior,
-            likelihood,
-            num_classes,
-            posterior,
-        )
+        vae = assemble(config, image_facts(data, objective), images, instantiate)
         objective.setup(vae, data)
     if config.model.output_bias_from_data:
-        set_output_bias(decoder, likelihood.bias_for_mean(data.train_mean()))
+        vae.decoder.set_output_bias(vae.likelihood.bias_for_mean(data.train_mean()))
     module = VAEModule(
         vae,
         objective,
@@ -80,20 +74,3 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
         nll_samples=config.evaluation.nll_samples,
     )
     return data, module
-
-
-def build_prior(config: DictConfig, data: ImageDataModule, encoder: nn.Module, posterior: PosteriorFamily) -> Prior:
-    """The prior that a config describes, set up with the model's encoder and training images."""
-    prior: Prior = instantiate(config.prior)(latent_dim=config.model.latent_dim)
-    if prior.needs_encoder and not (isinstance(posterior, DiagonalFamily) and encoder.num_classes == 0):
-        raise VAEError("prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels.")
-    if prior.latent_dim != posterior.latent_dim:
-        raise VAEError("A two-layer model needs both prior=two_layer and posterior=two_layer, with the same top_dim.")
-
-    def images(n: int) -> Tensor:
-        train = data.splits_ready().train
-        order = torch.randperm(len(train), generator=generator(config.seed, "pseudo-inputs"))
-        return data.scale(train.gather(order[torch.arange(n) % len(train)])[0])
-
-    prior.setup(encoder, images)
-    return prior

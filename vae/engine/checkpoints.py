@@ -10,23 +10,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from vae.engine.stored import read_checkpoint
 from vae.errors import VAEError
 from vae.files import write_atomically
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU. Only tensors and plain values are read, so no code in the file can run.
-
-    Raises VAEError if the file is missing, damaged, or holds anything else.
-    """
-    if not Path(path).is_file():
-        raise VAEError(f"There is no checkpoint at {path}: train the run first.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        content["state_dict"]
-    except Exception as error:
-        raise VAEError(f"The checkpoint {path} is damaged or holds more than weights: it was not loaded.") from error
-    return content
 
 
 def load_weights(module: pl.LightningModule, path: Path) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import pytorch_lightning as pl
@@ -20,30 +20,14 @@ import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+import vae
 from vae.cli import TRANSIENT, command_line
+from vae.engine.stored import renewed
 from vae.errors import VAEError
 
-#: Where classes that configs of earlier versions name have gone, by the beginning of their `_target_`.
-MOVED = {
-    "vae.checkpoints.": "vae.engine.checkpoints.",
-    "vae.callbacks.": "vae.engine.callbacks.",
-}
-
-
-def renewed(config: Any) -> Any:
-    """`config`, plain dicts and lists, with the `_target_`s that an earlier version stored where they are today."""
-    if isinstance(config, dict):
-        if str(config.get("_target_")).startswith("vae.objectives."):
-            config = {key: value for key, value in config.items() if key != "_partial_"}  # what `setup` does today
-        return {key: _renewed_target(value) if key == "_target_" else renewed(value) for key, value in config.items()}
-    return [renewed(value) for value in config] if isinstance(config, list) else config
-
-
-def _renewed_target(target: str) -> str:
-    for old, new in MOVED.items():
-        if target.startswith(old):
-            return new + target.removeprefix(old)
-    return target
+if TYPE_CHECKING:
+    from vae.data.module import ImageDataModule
+    from vae.engine.module import VAEModule
 
 
 def settings(config: DictConfig) -> dict[str, Any]:
@@ -151,6 +135,25 @@ def discard(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for events in folder.glob("events.out.tfevents.*"):
         events.unlink()
+
+
+def facts(config: DictConfig, data: ImageDataModule, module: VAEModule, overrides: Sequence[str]) -> dict[str, Any]:
+    """What later commands need to know of a run and would otherwise have to guess: facts.json.
+
+    data: the name of the data set; image_shape: (C, H, W); num_classes: of the labels that the model is given, 0 for none;
+    likelihood: its class; discrete: whether it is a mass, not a density, so that likelihoods of both never compare; set: the
+    settings that the command line set; vae: this package's version.
+    """
+    source = str(config.data.source._target_ if "source" in config.data else config.data._target_)
+    return {
+        "data": source.rsplit(".", 1)[-1],
+        "image_shape": list(data.image_shape),
+        "num_classes": module.vae.num_classes,
+        "likelihood": type(module.vae.likelihood).__name__,
+        "discrete": module.vae.likelihood.discrete,
+        "set": [override.partition("=")[0].lstrip("+~") for override in overrides],
+        "vae": vae.__version__,
+    }
 
 
 def environment() -> dict[str, Any]:

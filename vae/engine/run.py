@@ -19,6 +19,7 @@ from vae.engine.folder import (
     continues,
     discard,
     environment,
+    facts,
     now,
     only_process,
     read_config,
@@ -96,6 +97,7 @@ def _fit_and_test(
     config: DictConfig, folder: Path, overrides: list[str], checkpoint: Path | None, progress_bar: bool
 ) -> tuple[dict[str, float], int]:
     data, module = build(config)
+    write_json(folder / "facts.json", facts(config, data, module, overrides))
     trainer = build_trainer(config, folder, tuple(overrides), progress_bar)
     if trainer.max_epochs == 0:
         raise VAEError("trainer.max_epochs=0 leaves nothing to train: ask for at least 1.")

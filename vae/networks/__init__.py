@@ -12,7 +12,7 @@ Initial weights come from torch's global generator, as every torch module's do: 
 """
 
 from vae.networks.autoregressive import made
-from vae.networks.base import Decoder, ImageDecoder, ImageEncoder, set_output_bias
+from vae.networks.base import Decoder, ImageDecoder, ImageEncoder
 from vae.networks.conv import burgess, conv
 from vae.networks.mlp import linear, mlp
 from vae.networks.resnet import resnet
@@ -27,5 +27,4 @@ __all__ = [
     "made",
     "mlp",
     "resnet",
-    "set_output_bias",
 ]

@@ -46,6 +46,10 @@ class Decoder(nn.Module):
     #: (C, H, W).
     image_shape: tuple[int, int, int]
 
+    def set_output_bias(self, bias: Tensor) -> None:
+        """Start what is added to every output at bias (P, C, H, W), for instance `likelihood.bias_for_mean(mean image)`.
+        A decoder that has no such bias leaves this out, and starts where it starts."""
+
 
 class ImageDecoder(Decoder):
     """(N, latent_dim) [, y] -> (N, P, C, H, W): `body` maps z, the label appended, to N * P * C * H * W numbers without
@@ -67,6 +71,15 @@ class ImageDecoder(Decoder):
     def image_shape(self) -> tuple[int, int, int]:
         return tuple(self.output_bias.shape[1:])
 
+    def set_output_bias(self, bias: Tensor) -> None:
+        """Raises VAEError if the shape is not (P, C, H, W)."""
+        if bias.shape != self.output_bias.shape:
+            raise VAEError(
+                f"The output bias is {tuple(self.output_bias.shape)}, (P, C, H, W), not {tuple(bias.shape)}."
+            )
+        with torch.no_grad():
+            self.output_bias.copy_(bias)
+
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         hidden = with_label(z, y, self.num_classes)
         if not self._ends_dense:
@@ -75,17 +88,6 @@ class ImageDecoder(Decoder):
         for layer in layers:
             hidden = layer(hidden)
         return F.linear(hidden, last.weight, self.output_bias.flatten()).unflatten(-1, self.output_bias.shape)
-
-
-def set_output_bias(decoder: ImageDecoder, bias: Tensor) -> None:
-    """Set what the decoder adds to every output, (P, C, H, W), e.g. `likelihood.bias_for_mean(mean image)`.
-
-    Raises VAEError if the shape is another.
-    """
-    if bias.shape != decoder.output_bias.shape:
-        raise VAEError(f"The output bias is {tuple(decoder.output_bias.shape)}, (P, C, H, W), not {tuple(bias.shape)}.")
-    with torch.no_grad():
-        decoder.output_bias.copy_(bias)
 
 
 def with_label(features: Tensor, y: Tensor | None, num_classes: int) -> Tensor:

@@ -1,0 +1,86 @@
+"""A model from its config and a few facts of the data: what training builds on, and all that loading a run needs.
+
+Imports neither Hydra nor Lightning, and no image is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vae.errors import VAEError
+from vae.hierarchical import BottomDecoder
+from vae.model import VAE, DiagonalFamily, PosteriorFamily
+from vae.priors import Prior
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a model's size follows from. image_shape: (C, H, W); num_classes: of the labels that encoder and decoder are
+    given, 0 where they are given none."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int = 0
+
+
+def assemble(
+    config: Mapping[str, Any],
+    facts: ImageFacts,
+    images: Callable[[int], Tensor],
+    make: Callable[[Any], Any],
+) -> VAE:
+    """The untrained model of a run's config; initial weights come from torch's global generator.
+
+    images: n -> n training images (n, C, H, W) in [0, 1], for a prior that starts at some; make: a config's node with a
+    `_target_` -> the object. Raises VAEError for a combination that makes no sense.
+    """
+    latent_dim = config["model"]["latent_dim"]
+    likelihood = make(config["likelihood"])
+    family: PosteriorFamily = (
+        make(config["posterior"])(latent_dim=latent_dim) if config["posterior"] else DiagonalFamily(latent_dim)
+    )
+    encoder, decoder = make(config["network"])(
+        image_shape=facts.image_shape,
+        latent_dim=latent_dim,
+        encoder_outputs=family.encoder_outputs,
+        params_per_pixel=likelihood.params_per_pixel,
+        num_classes=facts.num_classes,
+    )
+    prior: Prior = make(config["prior"])(latent_dim=latent_dim)
+    if prior.needs_encoder and not (isinstance(family, DiagonalFamily) and facts.num_classes == 0):
+        raise VAEError("prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels.")
+    if prior.latent_dim != family.latent_dim:
+        raise VAEError("A two-layer model needs both prior=two_layer and posterior=two_layer, with the same top_dim.")
+    prior.setup(encoder, images)
+    if prior.latent_dim != latent_dim:
+        decoder = BottomDecoder(decoder, latent_dim)
+    return VAE(encoder, decoder, prior, likelihood, facts.num_classes, family)
+
+
+def make_trusted(node: Mapping[str, Any], trust: bool = False) -> Any:
+    """The object that a stored config's node describes: its `_target_` called with its other entries, or, with
+    `_partial_`, waiting for more. Only this package's own classes and functions are called, unless `trust` is true.
+
+    Raises VAEError for a target of another package that is not trusted, and for one that does not exist.
+    """
+    target = str(node["_target_"])
+    if not (trust or target.startswith("vae.")):
+        raise VAEError(
+            f"The run's config names {target}, which is not part of vae: pass trust=True to let it be imported and called."
+        )
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise VAEError(f"The run's config names {target}, which cannot be imported: {error}.") from error
+    options = {
+        key: make_trusted(value, trust) if isinstance(value, Mapping) and "_target_" in value else value
+        for key, value in node.items()
+        if key not in ("_target_", "_partial_")
+    }
+    return functools.partial(found, **options) if node.get("_partial_") else found(**options)

@@ -1,0 +1,191 @@
+"""A trained run in Python: `vae.load(folder)` and what one does with it. Needs neither its data nor Hydra nor Lightning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from vae.engine.assemble import ImageFacts, assemble, make_trusted
+from vae.engine.stored import read_checkpoint, renewed
+from vae.errors import VAEError
+from vae.model import VAE, Posterior
+from vae.seeding import generator
+
+if TYPE_CHECKING:
+    from vae.data.module import ImageDataModule
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", trust: bool = False) -> LoadedRun:
+    """A finished run, from its folder: the weights that were tested, in evaluation mode, without gradients.
+
+    trust: import and call classes of other packages that the config names; this package's own always are. No code in the
+    checkpoint is ever run. Raises VAEError for a folder that holds no finished run.
+    """
+    return LoadedRun(Path(path), device, trust)
+
+
+class LoadedRun:
+    """A trained model with its config and metrics.
+
+    Images go in as uint8 or as floats in [0, 1]: arrays, tensors, PIL images or lists of them, one (C, H, W), (H, W) or
+    (H, W, C), or a batch (N, C, H, W). They come out as float tensors (N, C, H, W) in [0, 1], without gradients. Labels y,
+    (N,) class indices, are needed by label-conditional models alone.
+    """
+
+    def __init__(self, path: Path, device: str | torch.device = "cpu", trust: bool = False) -> None:
+        self.path = path
+        if not (path / "config.yaml").is_file():
+            raise VAEError(f"{path} is not a run folder: it has no config.yaml.")
+        try:
+            #: The run's resolved config, as nested dictionaries.
+            self.config: dict[str, Any] = renewed(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise VAEError(f"{path / 'config.yaml'} is damaged and cannot be read.") from error
+        facts = _facts(path, self)
+
+        def grey(n: int) -> Tensor:
+            return torch.full((n, *facts.image_shape), 0.5)  # in place of training images: the weights replace it
+
+        with torch.random.fork_rng(devices=[]):
+            vae = assemble(self.config, facts, grey, partial(make_trusted, trust=trust))
+        weights = read_checkpoint(path / "checkpoints" / "best.ckpt")["state_dict"]
+        own = {key.removeprefix("vae."): value for key, value in weights.items() if key.startswith("vae.")}
+        try:
+            vae.load_state_dict(own)
+        except RuntimeError as error:
+            raise VAEError(f"The checkpoint in {path} is of another model than its config describes.") from error
+        #: The model, in evaluation mode, its parameters without gradients.
+        self.vae: VAE = vae.eval().requires_grad_(False).to(device)
+        self.device, self.image_shape = torch.device(device), facts.image_shape
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """What training measured (metrics.json), by name; names say the split, and nats unless they say otherwise."""
+        path = self.path / "metrics.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    @cached_property
+    def data(self) -> ImageDataModule:
+        """The run's data set, loaded on first use. Raises VAEError where it is not to be found."""
+        from vae.engine.build import build_data
+        from vae.engine.folder import read_config
+
+        return build_data(read_config(self.path))
+
+    # --- what goes in -----------------------------------------------------------------------------------------------
+
+    def images(self, images: Any) -> Tensor:
+        """Images of any accepted form as (N, C, H, W) floats in [0, 1]. Raises VAEError for another shape or range."""
+        if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+            return torch.cat([self.images(image) for image in images])
+        channels, height, width = self.image_shape
+        x = torch.as_tensor(images if isinstance(images, Tensor) else np.array(images))
+        last = (height, width, channels)
+        if x.ndim == 2:
+            x = x[None]
+        elif tuple(x.shape[-3:]) == last and last != self.image_shape:
+            x = x.movedim(-1, -3)
+        if x.ndim == 3:
+            x = x[None]
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.image_shape:
+            raise VAEError(f"This model takes images (C, H, W) = {self.image_shape}, not {tuple(np.shape(images))}.")
+        if x.dtype == torch.uint8:
+            x = x / 255
+        elif not x.is_floating_point():
+            raise VAEError(f"Images are uint8, or floats in [0, 1], not {str(x.dtype).removeprefix('torch.')}.")
+        if not (x >= 0).all() or not (x <= 1).all():
+            raise VAEError(f"Float images lie in [0, 1], not between {float(x.min()):g} and {float(x.max()):g}.")
+        return x.float().to(self.device)
+
+    def _labels(self, y: Any, n: int) -> Tensor | None:
+        classes = self.vae.num_classes
+        if (y is None) != (classes == 0):
+            needs = f"labels y, one of {classes} classes for each image" if classes else "no labels"
+            raise VAEError(f"This model takes {needs}.")
+        if y is None:
+            return None
+        labels = torch.as_tensor(y, device=self.device).reshape(-1).long().expand(n)
+        if not ((labels >= 0) & (labels < classes)).all():
+            raise VAEError(f"Labels of this model are 0 to {classes - 1}.")
+        return labels
+
+    # --- what comes out ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, n: int = 1, seed: int = 0, y: Any = None) -> Tensor:
+        """Mean images of n draws from the prior; the same for the same seed. y: (n,), or one for all."""
+        noise = generator(seed, "samples", device=self.device)
+        return self.vae.sample(n, noise, self._labels(y, n))
+
+    @torch.no_grad()
+    def encode(self, images: Any, y: Any = None) -> Posterior:
+        """q(z|x) of each image: of a diagonal Gaussian `mean` and `log_var`, (N, D)."""
+        x = self.images(images)
+        return self.vae.encode(x, self._labels(y, len(x)))
+
+    @torch.no_grad()
+    def decode(self, z: Any, y: Any = None) -> Tensor:
+        """Mean images at latents z (N, D)."""
+        z = torch.as_tensor(z, dtype=torch.float32, device=self.device)
+        return self.vae.mean_image(z, self._labels(y, len(z)))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Any, y: Any = None) -> Tensor:
+        """Mean images at each image's posterior mean."""
+        x = self.images(images)
+        return self.vae.reconstruct(x, self._labels(y, len(x)))
+
+    @torch.no_grad()
+    def interpolate(self, a: Any, b: Any, steps: int = 8, y: Any = None) -> Tensor:
+        """`steps` images on the straight line between the posterior means of images a and b, both ends included."""
+        ends = [self.encode(image, y).mean for image in (a, b)]
+        if any(len(end) != 1 for end in ends):
+            raise VAEError("interpolate() takes two single images.")
+        weight = torch.linspace(0, 1, steps, device=self.device)[:, None]
+        return self.decode(torch.lerp(*ends, weight), y)
+
+    @torch.no_grad()
+    def traverse(
+        self, image: Any, dims: Sequence[int] | None = None, reach: float = 3.0, steps: int = 11, y: Any = None
+    ) -> Tensor:
+        """One image decoded while one latent moves from -reach to reach: (len(dims), steps, C, H, W).
+
+        dims: which latents, by default all.
+        """
+        mean = self.encode(image, y).mean
+        if len(mean) != 1:
+            raise VAEError("traverse() takes a single image.")
+        dims = range(mean.shape[1]) if dims is None else dims
+        if any(not -mean.shape[1] <= d < mean.shape[1] for d in dims):
+            raise VAEError(f"dims lie in 0 to {mean.shape[1] - 1}, not {list(dims)}.")
+        z = mean.repeat(len(dims), steps, 1)
+        for row, dimension in enumerate(dims):
+            z[row, :, dimension] = torch.linspace(-reach, reach, steps, device=self.device)
+        return self.decode(z.flatten(0, 1), y).unflatten(0, (len(dims), steps))
+
+    def __repr__(self) -> str:
+        target = {key: value for key, value in self.metrics.items() if key in ("test/elbo", "test/rate")}
+        numbers = ", ".join(f"{key} {value:.2f}" for key, value in target.items())
+        return f"LoadedRun({str(self.path)!r}, latent_dim={self.vae.latent_dim}{', ' + numbers if numbers else ''})"
+
+
+def _facts(path: Path, run: LoadedRun) -> ImageFacts:
+    """From facts.json; of a run that an earlier version made, from its data set."""
+    if (path / "facts.json").is_file():
+        try:
+            stored: Mapping[str, Any] = json.loads((path / "facts.json").read_text())
+            return ImageFacts(tuple(stored["image_shape"]), stored["num_classes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise VAEError(f"{path / 'facts.json'} is damaged.") from error
+    from vae.engine.build import image_facts, instantiate
+    from vae.engine.folder import read_config
+
+    return image_facts(run.data, instantiate(read_config(path).objective))

@@ -1,0 +1,47 @@
+"""What earlier versions stored, read as what it means today; and weights, read without running code from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vae.errors import VAEError
+
+#: Where classes that configs of earlier versions name have gone, by the beginning of their `_target_`.
+MOVED = {
+    "vae.checkpoints.": "vae.engine.checkpoints.",
+    "vae.callbacks.": "vae.engine.callbacks.",
+}
+
+
+def renewed(config: Any) -> Any:
+    """`config`, plain dicts and lists, with the `_target_`s that an earlier version stored where they are today."""
+    if isinstance(config, dict):
+        if str(config.get("_target_")).startswith("vae.objectives."):
+            config = {key: value for key, value in config.items() if key != "_partial_"}  # what `setup` does today
+        return {key: _renewed_target(value) if key == "_target_" else renewed(value) for key, value in config.items()}
+    return [renewed(value) for value in config] if isinstance(config, list) else config
+
+
+def _renewed_target(target: str) -> str:
+    for old, new in MOVED.items():
+        if target.startswith(old):
+            return new + target.removeprefix(old)
+    return target
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU. Only tensors and plain values are read, so no code in the file can run.
+
+    Raises VAEError if the file is missing, damaged, or holds anything else.
+    """
+    if not Path(path).is_file():
+        raise VAEError(f"There is no checkpoint at {path}: train the run first.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["state_dict"]
+    except Exception as error:
+        raise VAEError(f"The checkpoint {path} is damaged or holds more than weights: it was not loaded.") from error
+    return content
