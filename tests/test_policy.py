@@ -14,6 +14,7 @@ from vae.kl import kl_categorical
 from vae.policy import (
     AGGREGATIONS,
     GRPO,
+    PENALTIES,
     PPOClip,
     Reinforce,
     advantages,
@@ -85,6 +86,21 @@ def test_advantages_of_two_groups():
 def test_a_group_of_equal_rewards_has_no_advantage():
     returns = torch.full((7,), 0.1)  # their mean is not 0.1 but for rounding, which divided by itself would be -0.93
     assert torch.equal(advantages(returns, baseline="group_normalised"), torch.zeros(7))
+
+
+def test_a_group_whose_rewards_differ_by_rounding_has_no_advantage():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        returns = torch.tensor([0.1 + 0.2, 0.3, 0.3, 0.3], dtype=dtype)
+        assert torch.equal(advantages(returns, baseline="group_normalised"), torch.zeros(4))
+    nearly = 3.7 - torch.tensor([1, 1 + 1e-7, 1, 1]) * 0.2
+    assert torch.equal(advantages(nearly, baseline="group_normalised"), torch.zeros(4))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e15])
+def test_normalised_advantages_do_not_depend_on_the_scale_of_the_rewards(scale):
+    returns = scale * torch.tensor([1.0, 2.0, 6.0])
+    expected = torch.tensor([-2.0, -1.0, 3.0]) / math.sqrt(7)
+    torch.testing.assert_close(advantages(returns, baseline="group_normalised"), expected)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +181,7 @@ def test_grpo_is_the_formula_of_trls_grpo_trainer(batch, loss_type, high):
         expected = sum(sum(tokens) / len(tokens) for tokens in losses) / len(losses)
     else:  # loss_type "bnpo", and "dapo" over one batch
         expected = sum(map(sum, losses)) / sum(map(len, losses))
-    objective = GRPO(group_size=3, beta=beta, aggregation=loss_type, clip=low, clip_high=high)
+    objective = GRPO(3, beta, penalty="loss_k3", aggregation=loss_type, clip=low, clip_high=high)
     assert call(objective, batch)["loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -202,7 +218,7 @@ def test_ppo_has_the_clipped_loss_the_score_and_the_kl_of_trls_ppo_trainer(batch
         for a, b in zip(pi, old, strict=True):
             ratio = math.exp(a - b)
             losses.append(max(-advantage * ratio, -advantage * min(max(ratio, 1 - clip), 1 + clip)))
-    terms = call(PPOClip(beta=beta, baseline="mean", clip=clip), batch)
+    terms = call(PPOClip(beta=beta, penalty="reward", baseline="mean", clip=clip), batch)
     assert terms["loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert terms["kl"].item() == pytest.approx(sum(map(sum, kl)) / 6, rel=1e-6)  # TRL's objective/kl
 
@@ -402,7 +418,7 @@ def test_the_adaptive_controller_holds_the_kl_of_a_bandit_at_its_target():
         (lambda: Reinforce(beta=-0.1), "zero or more"),
         (lambda: Reinforce(beta=NAN), "zero or more"),
         (lambda: Reinforce(penalty="loss_k1"), "no gradient in expectation"),
-        (lambda: Reinforce(penalty="kl"), "reward, loss_k2, loss_k3"),
+        (lambda: Reinforce(penalty="kl"), "reward, reward_is, loss_k2, loss_k3"),
         (lambda: Reinforce(baseline="critic"), "leave_one_out"),
         (lambda: Reinforce(aggregation="mean"), "sequence_mean"),
         (lambda: GRPO(group_size=0), "group_size"),
@@ -434,3 +450,58 @@ def test_batches_that_do_not_fit_are_refused(batch):
 def test_an_advantage_of_each_token_is_taken_as_it_is(batch):
     each = torch.arange(30.0, dtype=torch.float64).view(6, 5)
     torch.testing.assert_close(reinforce_loss(log_pi=batch["log_pi"], advantages=each), -each * batch["log_pi"])
+
+
+# --- ends of the range ------------------------------------------------------------------------------------------------
+
+
+def one_token(log_pi: float, log_ref: float, dtype=torch.float32, **more):
+    log_pi, log_ref = (torch.full((4, 1), x, dtype=dtype) for x in (log_pi, log_ref))
+    rewards = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    return {"log_pi": log_pi.requires_grad_(), "log_ref": log_ref, "rewards": rewards, "mask": mask, "step": 0, **more}
+
+
+@pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": 1.0, "schedule": Linear(10)}])
+def test_a_penalty_of_weight_0_is_0_where_its_ratio_overflows(options):
+    batch = one_token(-120.0, -1.0)
+    terms = GRPO(group_size=4, **options)(**batch)
+    terms["loss"].backward()
+    assert terms["loss"].item() == pytest.approx(0.0, abs=1e-6)
+    expected = -advantages(batch["rewards"], baseline="group_normalised")[:, None] / 4
+    torch.testing.assert_close(batch["log_pi"].grad, expected)
+
+
+def test_a_ratio_that_overflows_is_told_in_a_sentence_and_k2_takes_it():
+    with pytest.raises(VAEError, match="119 nats a token away"):
+        GRPO(group_size=4)(**one_token(-120.0, -1.0))
+    loss = GRPO(group_size=4, penalty="loss_k2", beta=1.0)(**one_token(-120.0, -1.0))["loss"]
+    assert loss.item() == pytest.approx(119**2 / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("penalty", [name for name in PENALTIES if name != "loss_exact"])
+def test_low_precision_is_computed_in_float32(dtype, penalty):
+    half = one_token(-13.0, -1.0, dtype)  # exp(12) overflows in float16
+    terms = GRPO(group_size=4, penalty=penalty)(**half)
+    assert terms["loss"].dtype == torch.float32
+    torch.testing.assert_close(terms, GRPO(group_size=4, penalty=penalty)(**one_token(-13.0, -1.0)))
+    assert half["log_pi"].grad_fn is None and torch.autograd.grad(terms["loss"], half["log_pi"])[0].isfinite().all()
+
+
+def test_rewards_may_be_whole_numbers():
+    whole = one_token(-2.0, -1.0, rewards=torch.tensor([0, 1, 1, 0]))
+    torch.testing.assert_close(
+        GRPO(group_size=4)(**whole), GRPO(group_size=4)(**{**whole, "rewards": whole["rewards"].float()})
+    )
+    tokens = {name: whole[name] for name in ("rewards", "log_pi", "log_ref", "mask")}
+    torch.testing.assert_close(token_rewards(beta=0.1, **tokens).sum(-1), penalised_reward(beta=0.1, **tokens))
+
+
+@pytest.mark.parametrize("name", ["log_pi", "log_ref", "log_old", "rewards"])
+@pytest.mark.parametrize("value", [NAN, -math.inf])
+def test_a_number_on_the_mask_that_is_not_finite_is_named(batch, name, value):
+    broken = batch[name].clone()
+    broken[0] = value
+    with pytest.raises(VAEError, match=f"{name} is NaN or infinite"):
+        call(GRPO(group_size=3), {**batch, name: broken})
