@@ -13,8 +13,11 @@ from vae.errors import VAEError
 from vae.kl import kl_categorical
 from vae.policy import (
     AGGREGATIONS,
+    CISPO,
     GRPO,
+    GSPO,
     PENALTIES,
+    DrGRPO,
     PPOClip,
     Reinforce,
     advantages,
@@ -223,6 +226,73 @@ def test_ppo_has_the_clipped_loss_the_score_and_the_kl_of_trls_ppo_trainer(batch
     assert terms["kl"].item() == pytest.approx(sum(map(sum, kl)) / 6, rel=1e-6)  # TRL's objective/kl
 
 
+def test_gspo_dr_grpo_and_cispo_by_hand():
+    # one group of two answers, of two tokens and one; ratios 1.1, 1.2 and 0.5
+    log_ratio = torch.tensor([[math.log(1.1), math.log(1.2)], [math.log(0.5), NAN]])
+    batch = {
+        "log_pi": (-1.0 + log_ratio).requires_grad_(),
+        "log_old": torch.full((2, 2), -1.0),
+        "log_ref": torch.full((2, 2), -1.0),
+        "mask": torch.tensor([[True, True], [True, False]]),
+        "rewards": torch.tensor([1.0, 3.0]),
+        "step": 0,
+    }
+    a = math.sqrt(0.5)  # normalised advantages -a and a: 2 apart, whose deviation with K - 1 is sqrt(2)
+
+    def found(objective):
+        loss = objective(**batch)["loss"]
+        return loss.item(), torch.autograd.grad(loss, batch["log_pi"])[0].nan_to_num().tolist()
+
+    s = math.sqrt(1.1 * 1.2)  # beyond the clip, and not held since it pays to come back
+    loss, slope = found(GSPO(2, clip=0.1, clip_high=0.1))
+    assert loss == pytest.approx((s * a - 0.5 * a) / 2)
+    assert slope == [pytest.approx([s * a / 4, s * a / 4]), pytest.approx([-0.5 * a / 2, 0.0])]
+    loss, slope = found(DrGRPO(2, clip=0.15))
+    assert loss == pytest.approx((1.1 + 1.2 - 0.5) / 2)  # advantages -1 and 1, sums over tokens
+    assert slope == [pytest.approx([1.1 / 2, 1.2 / 2]), pytest.approx([-0.5 / 2, 0.0])]
+    loss, slope = found(CISPO(2, clip_high=0.15))
+    weights = (-a * 1.1, -a * 1.15, a * 0.5)
+    log_pi = (-1 + math.log(1.1), -1 + math.log(1.2), -1 + math.log(0.5))
+    assert loss == pytest.approx(-sum(w * x for w, x in zip(weights, log_pi, strict=True)) / 3)
+    assert slope == [pytest.approx([a * 1.1 / 3, a * 1.15 / 3]), pytest.approx([-a * 0.5 / 3, 0.0])]
+
+
+def test_dr_grpo_is_unbiased_but_for_the_mean_baseline_and_grpo_weighs_by_length(batch):
+    rewards, mask = batch["rewards"], batch["mask"]
+    same = {**batch, "log_old": batch["log_pi"]}
+    each = torch.where(mask, batch["log_pi"], 0.0)
+    centred = rewards - rewards.view(2, 3).mean(-1).repeat_interleave(3)
+
+    def slope(objective):
+        log_pi = batch["log_pi"].clone().requires_grad_()
+        return torch.autograd.grad(call(objective, {**same, "log_pi": log_pi})["loss"], log_pi)[0]
+
+    torch.testing.assert_close(slope(DrGRPO(3)), -(centred[:, None] / 6).expand_as(each) * mask)
+    deviation = rewards.view(2, 3).std(-1).repeat_interleave(3)
+    by_length = -(centred / deviation / mask.sum(-1) / 6)[:, None] * mask
+    torch.testing.assert_close(slope(GRPO(3, beta=0.0)), by_length)
+
+
+@pytest.mark.parametrize("make", [GRPO, GSPO, DrGRPO, CISPO])
+def test_tokens_that_the_policy_did_not_choose_count_nowhere(batch, make):
+    # a tool's output of two tokens in the middle of every answer
+    def with_tool(values, inserted):
+        return torch.cat([values[:, :1], torch.full((6, 2), inserted, dtype=values.dtype), values[:, 1:]], 1)
+
+    longer = {k: v if k == "rewards" else with_tool(v, False if k == "mask" else NAN) for k, v in batch.items()}
+    torch.testing.assert_close(call(make(3, beta=0.1), longer), call(make(3, beta=0.1), batch))
+
+
+def test_weights_multiply_the_whole_loss_token_by_token(batch):
+    weights = torch.rand(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    log_pi = batch["log_pi"].clone().requires_grad_()
+    slopes = [
+        torch.autograd.grad(call(GRPO(3, beta=0.1), {**batch, "log_pi": log_pi}, **more)["loss"], log_pi)[0]
+        for more in ({}, {"weights": weights})
+    ]
+    torch.testing.assert_close(slopes[1], weights * slopes[0])
+
+
 # --- exact gradients, by going through every sequence -----------------------------------------------------------------
 
 VOCABULARY, LENGTH, END = 3, 3, 0
@@ -330,10 +400,12 @@ ALL = {
     "reinforce": lambda **options: Reinforce(group_size=3, **options),
     "ppo": lambda **options: PPOClip(group_size=3, **options),
     "grpo": lambda **options: GRPO(group_size=3, **options),
+    "gspo": lambda **options: GSPO(group_size=3, **options),
+    "cispo": lambda **options: CISPO(group_size=3, **options),
 }
 
 
-@pytest.mark.parametrize("penalty", ["reward", "loss_k2", "loss_k3"])
+@pytest.mark.parametrize("penalty", [name for name in PENALTIES if name != "loss_exact"])
 @pytest.mark.parametrize("name", ALL)
 def test_what_stands_on_padding_is_never_read(batch, name, penalty):
     batch = on_policy(batch) if name == "reinforce" else batch
@@ -422,6 +494,8 @@ def test_the_adaptive_controller_holds_the_kl_of_a_bandit_at_its_target():
         (lambda: Reinforce(baseline="critic"), "leave_one_out"),
         (lambda: Reinforce(aggregation="mean"), "sequence_mean"),
         (lambda: GRPO(group_size=0), "group_size"),
+        (lambda: PPOClip(ratio="answer"), "token, prefix"),
+        (lambda: GRPO(3, penalty_ratio="answer"), "token, prefix"),
         (lambda: PPOClip(clip=0.0), "clipped"),
         (lambda: PPOClip(clip=1.0), "clipped"),
         (lambda: PPOClip(clip_high=-0.1), "clipped"),

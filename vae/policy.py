@@ -21,7 +21,7 @@ Where the penalty stands, and what its expected gradient is (w: the importance r
     "loss_k3_is"  beta w k3_t } Liu et al. 2025).
     "loss_exact"  beta KL_t, from the whole next-token distributions (`vae.token_kl`): the same without the noise of the
                   token drawn (Amini et al. 2025).
-k1 in the loss without its ratio is refused: on-policy its expected gradient is zero, off-policy that of KL(pi_old || pi).
+k1 in the loss without its ratio is refused: on-policy its expected gradient is zero, off-policy that of -KL(pi_old || pi).
 With penalty_ratio "prefix" the k1, k3 and exact penalties see how a token changes what follows as well, and their
 gradient is that of the KL of whole sequences; k2, whose ratio is held, only puts each token's KL on the pasts of pi.
 docs/which_kl.md has each bias and variance as a number.
@@ -358,7 +358,8 @@ class PPOClip(PolicyObjective):
     """The clipped surrogate (Schulman et al. 2017) on the advantage of whole sequences, several steps a batch.
 
     clip: how far the ratio to the policy that drew the sample may pay; clip_high: upwards, where that differs (DAPO).
-    ratio: whose ratio is clipped, a name in RATIOS. The penalty is that of the present policy; "reward" is that of the one
+    ratio: whose ratio is clipped, a name in RATIOS; one of whole answers stands at each of their tokens, and wants the
+    aggregation "sequence_mean". The penalty is that of the present policy; "reward" is that of the one
     that drew, as TRL has it. There is no critic: all tokens share their sequence's advantage, penalty included. One
     that is trained on `token_rewards` hands its advantages of single tokens to `clipped_loss`.
     Raises VAEError unless 0 < clip < 1 and clip_high > 0.
