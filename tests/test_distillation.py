@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from vae.distillation import DIVERGENCES, Distillation, soft_target_divergence
+from vae.distillation import (
+    DIVERGENCES,
+    Distillation,
+    alpha_divergence,
+    jensen_shannon,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+    soft_target_divergence,
+)
 from vae.errors import VAEError
 
 
@@ -145,11 +154,78 @@ def test_options_out_of_range_are_refused(options):
         Distillation(**options)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_bfloat16_at_a_high_temperature_is_the_same_logits_in_single_precision(divergence):
+    noise = torch.Generator().manual_seed(0)
+    logits = [(2 * torch.randn(64, 10, generator=noise)).bfloat16() for _ in range(2)]
+    distil = Distillation(temperature=20.0, alpha=1.0, divergence=divergence)
+    low = distil(student_logits=logits[0], teacher_logits=logits[1])["loss"]
+    single = distil(student_logits=logits[0].float(), teacher_logits=logits[1].float())["loss"]
+    exact = distil.double()(student_logits=logits[0].double(), teacher_logits=logits[1].double())["loss"]
+    assert low == single
+    assert low.item() == pytest.approx(exact.item(), rel=1e-3)
+
+
+def test_label_minus_100_and_the_mask_leave_out_of_both_terms_what_they_mark(batch):
+    student, teacher, labels = batch
+    labels, mask = labels.clone(), torch.arange(32) % 4 != 1
+    labels[::3] = -100
+    kept = mask & (labels != -100)
+    whole = Distillation()(student_logits=student, teacher_logits=teacher, labels=labels, mask=mask)
+    alone = Distillation()(student_logits=student[kept], teacher_logits=teacher[kept], labels=labels[kept])
+    torch.testing.assert_close(whole, alone)
+    soft = Distillation(alpha=1.0)(student_logits=student, teacher_logits=teacher, mask=kept)["loss"]
+    torch.testing.assert_close(soft, whole["soft"])
+
+
+def test_what_is_left_out_is_never_read(batch):
+    student, teacher, labels = batch
+    student, labels = student.clone().requires_grad_(), labels.clone()
+    labels[:5] = -100
+    bad = teacher.clone()
+    bad[:5] = math.nan
+    loss = Distillation()(student_logits=student, teacher_logits=bad, labels=labels)["loss"]
+    gradient = torch.autograd.grad(loss, student)[0]
+    assert loss.isfinite() and (gradient[:5] == 0).all() and gradient.isfinite().all()
+
+
+def test_nothing_to_learn_from_is_a_loss_of_0_with_gradient_0(batch):
+    student, teacher, labels = batch
+    student = student.clone().requires_grad_()
+    terms = Distillation()(student_logits=student, teacher_logits=teacher, labels=torch.full_like(labels, -100))
+    assert {name: term.item() for name, term in terms.items()} == {"loss": 0, "soft": 0, "hard": 0}
+    assert (torch.autograd.grad(terms["loss"], student)[0] == 0).all()
+
+
+def test_a_divergence_may_be_a_function_and_its_direction_is_that_of_its_name(batch):
+    student, teacher, _ = batch
+    logits = {"student_logits": student, "teacher_logits": teacher, "temperature": 1.0}
+    at = {
+        "forward": [partial(jensen_shannon, beta=1e-7, scaled=True), partial(alpha_divergence, alpha=1 - 1e-7)],
+        "reverse": [partial(jensen_shannon, beta=1 - 1e-7, scaled=True), partial(alpha_divergence, alpha=1e-7)],
+    }
+    at["forward"].append(partial(skewed_forward_kl, alpha=1e-12))
+    at["reverse"].append(partial(skewed_reverse_kl, alpha=1e-12))
+    for direction, nearly in at.items():
+        expected = soft_target_divergence(divergence=direction, **logits)
+        for divergence in nearly:
+            torch.testing.assert_close(
+                soft_target_divergence(divergence=divergence, **logits), expected, rtol=1e-5, atol=1e-5
+            )
+
+
 def test_missing_labels_and_mismatched_logits_are_refused(batch):
     student, teacher, labels = batch
     with pytest.raises(VAEError, match="labels"):
         Distillation(alpha=0.9)(student_logits=student, teacher_logits=teacher)
     with pytest.raises(VAEError, match="disagree"):
         Distillation()(student_logits=student, teacher_logits=teacher[:, :5], labels=labels)
+    for wrong in (10, -1):
+        with pytest.raises(VAEError, match="from 0 to 9"):
+            Distillation()(
+                student_logits=student, teacher_logits=teacher, labels=labels.index_fill(0, labels[:1], wrong)
+            )
+    with pytest.raises(VAEError, match="mask"):
+        Distillation()(student_logits=student, teacher_logits=teacher, labels=labels, mask=torch.ones(5))
     with pytest.raises(VAEError, match="forward, reverse, jensen_shannon"):
         soft_target_divergence(student_logits=student, teacher_logits=teacher, temperature=1.0, divergence="js")

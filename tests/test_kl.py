@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from vae.errors import VAEError
 from vae.kl import (
     GaussianMixture,
+    alpha_divergence_categorical,
     bits_to_nats,
     gaussian_kl_to_standard_normal,
     jensen_shannon_categorical,
@@ -24,6 +26,8 @@ from vae.kl import (
     kl_gaussian_full,
     kl_monte_carlo,
     nats_to_bits,
+    skewed_kl_categorical,
+    total_variation_categorical,
 )
 
 INF = math.inf
@@ -120,6 +124,41 @@ def test_kl_of_diagonal_gaussians_holds_over_extreme_ranges_in_single_precision(
         torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "log_var"), [(torch.float32, -100.0), (torch.float32, -300.0), (torch.float64, -800.0)]
+)
+def test_kl_of_equal_gaussians_is_0_with_gradient_0_however_narrow(dtype, log_var):
+    inputs = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in (0.3, log_var, 0.3, log_var)]
+    value = kl_gaussian(**dict(zip(("p_mean", "p_log_var", "q_mean", "q_log_var"), inputs, strict=True)))
+    assert value.item() == 0
+    assert all(gradient.item() == 0 for gradient in torch.autograd.grad(value, inputs))
+
+
+def test_kl_of_narrow_gaussians_apart_is_finite_where_the_inverse_variance_is_not():
+    mean, zero, log_var = torch.tensor(1e-25, requires_grad=True), torch.tensor(0.0), torch.tensor(-100.0)
+    value = kl_gaussian(p_mean=mean, p_log_var=log_var, q_mean=zero, q_log_var=log_var)
+    assert value.item() == pytest.approx(1e-50 * math.exp(100) / 2, rel=1e-5)  # 1.344e-7
+    assert torch.autograd.grad(value, mean)[0].item() == pytest.approx(1e-25 * math.exp(100), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gaussian_kls_of_low_precision_are_those_of_the_same_numbers_in_single(dtype):
+    inputs = [torch.tensor(x, dtype=dtype) for x in (0.5, 3.0, 0.25, -6.0)]
+    names = ("p_mean", "p_log_var", "q_mean", "q_log_var")
+    value = kl_gaussian(**dict(zip(names, inputs, strict=True)))
+    assert value.dtype == torch.float32
+    assert value == kl_gaussian(**{name: x.float() for name, x in zip(names, inputs, strict=True)})
+    mean, log_var = inputs[:2]
+    assert gaussian_kl_to_standard_normal(mean, log_var) == gaussian_kl_to_standard_normal(
+        mean.float(), log_var.float()
+    )
+    covariance = torch.eye(2, dtype=dtype)
+    full = kl_gaussian_full(
+        p_mean=covariance[0], p_covariance=covariance, q_mean=covariance[1], q_covariance=covariance
+    )
+    assert full.item() == 1.0
+
+
 def test_kl_of_an_almost_standard_normal_keeps_its_digits():
     log_var = torch.tensor([1e-2, -1e-2, 3e-3], dtype=torch.float32)
     exact = 0.25 * log_var.double().square() + log_var.double() ** 3 / 12
@@ -188,8 +227,20 @@ def test_zeros_of_p_count_nothing_and_zeros_of_q_under_p_are_infinitely_far():
     torch.testing.assert_close(kl_categorical(p_logits=p.log(), q_logits=q.log()), expected)
 
 
+DIVERGENCES = {
+    "kl": kl_categorical,
+    "jensen_shannon": jensen_shannon_categorical,
+    "jensen_shannon_0.1": partial(jensen_shannon_categorical, beta=0.1, scaled=True),
+    "skewed": skewed_kl_categorical,
+    "hellinger": partial(alpha_divergence_categorical, alpha=0.5),
+    "chi_squared": partial(alpha_divergence_categorical, alpha=2.0),
+    "alpha_-1": partial(alpha_divergence_categorical, alpha=-1.0),
+    "total_variation": total_variation_categorical,
+}
+
+
 @pytest.mark.parametrize("form", ["probs", "log_probs", "logits"])
-@pytest.mark.parametrize("divergence", [kl_categorical, jensen_shannon_categorical])
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 def test_gradients_at_zeros_are_those_of_the_categories_that_remain(divergence, form):
     p, q = torch.tensor([0.5, 0.3, 0.2, 0.0], dtype=torch.float64), torch.tensor([0.2, 0.3, 0.5, 0.0]).double()
 
@@ -217,6 +268,64 @@ def test_nan_in_is_nan_out_and_not_a_category_that_counts_nothing():
     assert kl_categorical(p_probs=good, q_probs=bad).isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_that_do_not_sum_to_1_are_refused(dtype):
+    good, counts = torch.tensor([0.5, 0.5], dtype=dtype), torch.tensor([0.2, 0.3], dtype=dtype)
+    with pytest.raises(VAEError, match="p_probs are no probabilities"):
+        kl_categorical(p_probs=counts, q_probs=good)
+    with pytest.raises(VAEError, match="q_probs"):
+        jensen_shannon_categorical(p_probs=good, q_probs=torch.tensor([1.5, -0.5], dtype=dtype))
+    third = torch.full((3,), 1 / 3, dtype=dtype)  # off by the dtype's own rounding
+    assert kl_categorical(p_probs=third, q_probs=third) == 0
+
+
+def test_log_probabilities_that_are_not_normalised_give_the_generalised_kl_which_is_never_negative(noise):
+    p, q = randn(noise, 50, 4).exp(), randn(noise, 50, 4).exp()
+    value = kl_categorical(p_log_probs=p.log(), q_log_probs=q.log())
+    torch.testing.assert_close(value, (p * (p / q).log() - p + q).sum(-1))
+    assert value.min() >= 0
+
+
+# --- what is never negative -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "dtype", "expected"),
+    [
+        ([0.0, 1.0], [0.0, 1.0001], torch.float32, 2.4584e-10),
+        ([0.0, 0.5], [0.0, 0.75], torch.bfloat16, 0.0017722),
+    ],
+)
+def test_jensen_shannon_near_p_equal_to_q_has_its_value_in_low_precision(p, q, dtype, expected):
+    p, q = torch.tensor(p, dtype=dtype), torch.tensor(q, dtype=dtype)
+    exact = jensen_shannon_categorical(p_logits=p.double(), q_logits=q.double()).item()
+    assert exact == pytest.approx(expected, rel=2e-3)
+    assert jensen_shannon_categorical(p_logits=p, q_logits=q).item() == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
+def test_divergences_of_near_neighbours_are_never_negative_and_vanish_at_equality(noise, divergence, dtype):
+    logits = randn(noise, 2000, 50).float()
+    for step in (1e-1, 1e-3, 1e-5, 0.0):
+        p, q = logits.to(dtype), (logits + step * randn(noise, 2000, 50)).to(dtype)
+        value = divergence(p_logits=p, q_logits=q)
+        assert value.dtype == torch.float32 and value.min() >= 0
+        torch.testing.assert_close(value, divergence(p_logits=p.float(), q_logits=q.float()), rtol=0, atol=0)
+    assert value.max() < 1e-13
+
+
+def test_kl_of_near_neighbours_and_its_gradient_keep_their_digits_in_single_precision(noise):
+    p, step = randn(noise, 500, 20).float(), 1e-3 * randn(noise, 500, 20).float()
+    q = (p + step).requires_grad_()
+    value = kl_categorical(p_logits=p, q_logits=q)
+    exact = kl_categorical(p_logits=p.double(), q_logits=q.detach().double())
+    torch.testing.assert_close(value.double(), exact, rtol=1e-2, atol=0)
+    gradient = torch.autograd.grad(value.sum(), q)[0]
+    expected = q.detach().double().softmax(-1) - p.double().softmax(-1)
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=1e-7)
+
+
 def test_logits_of_any_size_give_finite_values_and_gradients():
     p = torch.tensor([1e4, 0.0, -1e4], requires_grad=True)
     q = torch.tensor([-1e4, 0.0, 1e4], requires_grad=True)
@@ -228,7 +337,7 @@ def test_logits_of_any_size_give_finite_values_and_gradients():
 
 def test_gradients_of_categorical_divergences_pass_gradcheck(noise):
     p, q = (randn(noise, 2, 4).requires_grad_() for _ in range(2))
-    for divergence in (kl_categorical, jensen_shannon_categorical):
+    for divergence in DIVERGENCES.values():
         assert torch.autograd.gradcheck(lambda p, q: divergence(p_logits=p, q_logits=q), (p, q))  # noqa: B023
         assert torch.autograd.gradcheck(
             lambda p, q: divergence(p_probs=p.softmax(-1), q_log_probs=q.log_softmax(-1)),  # noqa: B023
@@ -244,8 +353,13 @@ def test_arguments_cannot_be_swapped_silently():
         kl_categorical(q_probs=q)
     with pytest.raises(VAEError, match="exactly one of q_probs"):
         kl_categorical(p_probs=p, q_probs=q, q_logits=q.log())
-    with pytest.raises(VAEError, match="2 categories and q has 1"):
-        kl_categorical(p_probs=p, q_probs=torch.ones(1))
+    with pytest.raises(TypeError, match="p_logit:"):
+        kl_categorical(p_logit=p, q_probs=q)
+    for divergence in DIVERGENCES.values():
+        with pytest.raises(VAEError, match="2 categories and q has 3"):
+            divergence(p_probs=p, q_logits=torch.zeros(3))
+        with pytest.raises(VAEError, match="2 categories and q has 1"):
+            divergence(p_probs=p, q_probs=torch.ones(1))
 
 
 def test_jensen_shannon_is_its_definition_symmetric_and_log_2_for_disjoint_supports(noise):
@@ -264,6 +378,89 @@ def test_jensen_shannon_of_near_neighbours_is_a_quarter_of_their_kl(noise):
     near = {"p_logits": logits, "q_logits": logits + step}
     ratio = jensen_shannon_categorical(**near) / kl_categorical(**near)
     assert ratio.item() == pytest.approx(0.25, rel=1e-3)
+
+
+# --- between the two directions ---------------------------------------------------------------------------------------
+
+
+def test_jensen_shannon_of_any_beta_is_its_definition(noise):
+    p, q = randn(noise, 20, 5).softmax(-1), randn(noise, 20, 5).softmax(-1)
+    for beta in (0.1, 0.7):
+        m = beta * p + (1 - beta) * q
+        expected = beta * kl_categorical(p_probs=p, q_probs=m) + (1 - beta) * kl_categorical(p_probs=q, q_probs=m)
+        torch.testing.assert_close(jensen_shannon_categorical(p_probs=p, q_probs=q, beta=beta), expected)
+        scaled = jensen_shannon_categorical(p_probs=p, q_probs=q, beta=beta, scaled=True)
+        torch.testing.assert_close(scaled, expected / (beta * (1 - beta)))
+
+
+@pytest.mark.parametrize(
+    ("divergence", "of"),
+    [(partial(jensen_shannon_categorical, scaled=True), "beta"), (alpha_divergence_categorical, "alpha")],
+)
+def test_the_ends_of_a_family_are_both_kls_and_are_met_without_a_jump_in_value_and_gradient(noise, divergence, of):
+    p, q = randn(noise, 6), randn(noise, 6).requires_grad_()
+    there, back = kl_categorical(p_logits=p, q_logits=q), kl_categorical(p_logits=q, q_logits=p)
+    at_0, at_1 = (there, back) if of == "beta" else (back, there)
+    for at, step, expected in ((0.0, 1e-6, at_0), (1.0, -1e-6, at_1)):
+        for parameter in (at, at + step):
+            value = divergence(p_logits=p, q_logits=q, **{of: parameter})
+            assert value.item() == pytest.approx(expected.item(), rel=1e-5 if step else 1e-12)
+            gradients = [torch.autograd.grad(x, q, retain_graph=True)[0] for x in (value, expected)]
+            torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_the_published_jensen_shannon_jumps_at_its_ends(noise):
+    p, q = randn(noise, 50), randn(noise, 50).requires_grad_()
+    sizes = [
+        torch.autograd.grad(jensen_shannon_categorical(p_logits=p, q_logits=q, beta=beta), q)[0].norm()
+        for beta in (0.0, 0.01)
+    ]
+    assert sizes[0] > 50 * sizes[1]
+
+
+def test_skewed_kl_is_its_definition_ends_in_kl_and_is_bounded_by_the_share(noise):
+    p, q = randn(noise, 20, 5).softmax(-1), randn(noise, 20, 5).softmax(-1)
+    expected = kl_categorical(p_probs=p, q_probs=0.3 * p + 0.7 * q)
+    torch.testing.assert_close(skewed_kl_categorical(p_probs=p, q_probs=q, alpha=0.3), expected)
+    whole = kl_categorical(p_probs=p, q_probs=q)
+    torch.testing.assert_close(skewed_kl_categorical(p_probs=p, q_probs=q, alpha=0.0), whole)
+    torch.testing.assert_close(skewed_kl_categorical(p_probs=p, q_probs=q, alpha=1e-9), whole, rtol=1e-6, atol=1e-6)
+    disjoint = skewed_kl_categorical(p_probs=torch.tensor([1.0, 0.0]), q_probs=torch.tensor([0.0, 1.0]), alpha=0.1)
+    assert disjoint.item() == pytest.approx(-math.log(0.1))
+
+
+def test_alpha_divergence_is_its_definition_and_finite_where_one_side_lacks_mass(noise):
+    p, q = randn(noise, 20, 5).softmax(-1), randn(noise, 20, 5).softmax(-1)
+    for alpha in (-1.0, 0.3, 0.5, 2.0):
+        expected = ((p**alpha * q ** (1 - alpha)).sum(-1) - 1) / (alpha * (alpha - 1))
+        torch.testing.assert_close(alpha_divergence_categorical(p_probs=p, q_probs=q, alpha=alpha), expected)
+    p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.5, 0.0, 0.5])
+    for alpha, expected in ((0.5, 2.0), (2.0, INF), (-1.0, INF), (0.25, (0.5 - 1) / (0.25 * -0.75))):
+        value = alpha_divergence_categorical(p_probs=p, q_probs=q, alpha=alpha)
+        assert value.item() == pytest.approx(expected)
+    far = alpha_divergence_categorical(
+        p_logits=torch.tensor([0.0, 300.0]), q_logits=torch.tensor([300.0, 0.0]), alpha=0.5
+    )
+    assert far.item() == pytest.approx(4.0)  # 4 squared Hellinger distances of at most 1
+
+
+def test_total_variation_is_half_the_difference_and_within_pinskers_bound(noise):
+    p, q = torch.tensor([0.3, 0.5, 0.2]), torch.tensor([0.35, 0.4, 0.25])
+    assert total_variation_categorical(p_probs=p, q_probs=q).item() == pytest.approx(0.1)
+    logits = {"p_logits": randn(noise, 500, 5), "q_logits": randn(noise, 500, 5)}
+    assert (total_variation_categorical(**logits) <= (kl_categorical(**logits) / 2).sqrt()).all()
+
+
+def test_shares_out_of_range_are_refused():
+    pair = {"p_logits": torch.zeros(2), "q_logits": torch.zeros(2)}
+    for divergence in (
+        partial(jensen_shannon_categorical, beta=1.5),
+        partial(jensen_shannon_categorical, beta=-0.1),
+        partial(skewed_kl_categorical, alpha=1.0),
+        partial(skewed_kl_categorical, alpha=-0.5),
+    ):
+        with pytest.raises(VAEError, match="share of p"):
+            divergence(**pair)
 
 
 # --- Monte Carlo ------------------------------------------------------------------------------------------------------
@@ -292,6 +489,25 @@ def test_mixture_density_in_single_precision_survives_narrow_components_far_away
     narrow = GaussianMixture(logits.float(), mean.float(), log_var.float())
     exact = GaussianMixture(*(part.double() for part in narrow)).log_prob(x.float().double())
     torch.testing.assert_close(narrow.log_prob(x.float()).double(), exact, rtol=1e-6, atol=0)
+
+
+def test_mixture_density_of_needles_far_from_the_origin_is_exact():
+    # the square of the distance in units of e^-15, expanded, would cancel 2.5e14 against itself
+    mean, log_var = torch.tensor([[5.0, -5.0]]), torch.full((1, 2), -30.0)
+    x = mean + torch.tensor([[0.0, 0.0], [3e-7, 0.0], [5e-7, -1e-6]])
+    value = GaussianMixture(torch.zeros(1), mean.double(), log_var.double()).log_prob(x.double())
+    distance = (x.double() - mean.double()).square().sum(-1) * math.exp(30)
+    torch.testing.assert_close(value, -0.5 * distance + 30 - math.log(2 * math.pi))
+    single = GaussianMixture(torch.zeros(1), mean, torch.full((1, 2), -300.0)).log_prob(mean)
+    assert single.item() == pytest.approx(300 - math.log(2 * math.pi))
+
+
+def test_mixture_density_is_the_same_by_products_and_by_blocks(noise):
+    logits, mean, log_var = randn(noise, 4), 1e3 * randn(noise, 4, 3), -8 + randn(noise, 4, 3)
+    x = mean[1] + 0.1 * randn(noise, 50, 3)
+    components = torch.distributions.Independent(Normal(mean, (0.5 * log_var).exp()), 1)
+    expected = MixtureSameFamily(Categorical(logits=logits), components).log_prob(x)
+    torch.testing.assert_close(GaussianMixture(logits, mean, log_var).log_prob(x), expected)
 
 
 def test_mixture_samples_have_its_mean_and_covariance(noise):
@@ -434,6 +650,13 @@ def test_k3_in_the_reward_has_the_gradient_of_neither_direction(policies):
     gradient = expected_gradient(score, *policies)
     for direction in (reverse, forward):
         assert (gradient - true_gradient(direction, *policies)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("estimator", [k1, k2, k3])
+def test_estimators_of_low_precision_are_those_of_the_same_numbers_in_single(estimator):
+    log_pi, log_ref = torch.tensor([-13.0, -2.0]).half(), torch.tensor([-1.0, -2.5]).half()  # exp(12) is beyond float16
+    value = estimator(log_pi=log_pi, log_ref=log_ref)
+    assert torch.equal(value, estimator(log_pi=log_pi.float(), log_ref=log_ref.float()))
 
 
 # --- units ------------------------------------------------------------------------------------------------------------

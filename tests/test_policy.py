@@ -13,7 +13,11 @@ from vae.errors import VAEError
 from vae.kl import kl_categorical
 from vae.policy import (
     AGGREGATIONS,
+    CISPO,
     GRPO,
+    GSPO,
+    PENALTIES,
+    DrGRPO,
     PPOClip,
     Reinforce,
     advantages,
@@ -85,6 +89,21 @@ def test_advantages_of_two_groups():
 def test_a_group_of_equal_rewards_has_no_advantage():
     returns = torch.full((7,), 0.1)  # their mean is not 0.1 but for rounding, which divided by itself would be -0.93
     assert torch.equal(advantages(returns, baseline="group_normalised"), torch.zeros(7))
+
+
+def test_a_group_whose_rewards_differ_by_rounding_has_no_advantage():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        returns = torch.tensor([0.1 + 0.2, 0.3, 0.3, 0.3], dtype=dtype)
+        assert torch.equal(advantages(returns, baseline="group_normalised"), torch.zeros(4))
+    nearly = 3.7 - torch.tensor([1, 1 + 1e-7, 1, 1]) * 0.2
+    assert torch.equal(advantages(nearly, baseline="group_normalised"), torch.zeros(4))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e15])
+def test_normalised_advantages_do_not_depend_on_the_scale_of_the_rewards(scale):
+    returns = scale * torch.tensor([1.0, 2.0, 6.0])
+    expected = torch.tensor([-2.0, -1.0, 3.0]) / math.sqrt(7)
+    torch.testing.assert_close(advantages(returns, baseline="group_normalised"), expected)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +184,7 @@ def test_grpo_is_the_formula_of_trls_grpo_trainer(batch, loss_type, high):
         expected = sum(sum(tokens) / len(tokens) for tokens in losses) / len(losses)
     else:  # loss_type "bnpo", and "dapo" over one batch
         expected = sum(map(sum, losses)) / sum(map(len, losses))
-    objective = GRPO(group_size=3, beta=beta, aggregation=loss_type, clip=low, clip_high=high)
+    objective = GRPO(3, beta, penalty="loss_k3", aggregation=loss_type, clip=low, clip_high=high)
     assert call(objective, batch)["loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -202,9 +221,76 @@ def test_ppo_has_the_clipped_loss_the_score_and_the_kl_of_trls_ppo_trainer(batch
         for a, b in zip(pi, old, strict=True):
             ratio = math.exp(a - b)
             losses.append(max(-advantage * ratio, -advantage * min(max(ratio, 1 - clip), 1 + clip)))
-    terms = call(PPOClip(beta=beta, baseline="mean", clip=clip), batch)
+    terms = call(PPOClip(beta=beta, penalty="reward", baseline="mean", clip=clip), batch)
     assert terms["loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert terms["kl"].item() == pytest.approx(sum(map(sum, kl)) / 6, rel=1e-6)  # TRL's objective/kl
+
+
+def test_gspo_dr_grpo_and_cispo_by_hand():
+    # one group of two answers, of two tokens and one; ratios 1.1, 1.2 and 0.5
+    log_ratio = torch.tensor([[math.log(1.1), math.log(1.2)], [math.log(0.5), NAN]])
+    batch = {
+        "log_pi": (-1.0 + log_ratio).requires_grad_(),
+        "log_old": torch.full((2, 2), -1.0),
+        "log_ref": torch.full((2, 2), -1.0),
+        "mask": torch.tensor([[True, True], [True, False]]),
+        "rewards": torch.tensor([1.0, 3.0]),
+        "step": 0,
+    }
+    a = math.sqrt(0.5)  # normalised advantages -a and a: 2 apart, whose deviation with K - 1 is sqrt(2)
+
+    def found(objective):
+        loss = objective(**batch)["loss"]
+        return loss.item(), torch.autograd.grad(loss, batch["log_pi"])[0].nan_to_num().tolist()
+
+    s = math.sqrt(1.1 * 1.2)  # beyond the clip, and not held since it pays to come back
+    loss, slope = found(GSPO(2, clip=0.1, clip_high=0.1))
+    assert loss == pytest.approx((s * a - 0.5 * a) / 2)
+    assert slope == [pytest.approx([s * a / 4, s * a / 4]), pytest.approx([-0.5 * a / 2, 0.0])]
+    loss, slope = found(DrGRPO(2, clip=0.15))
+    assert loss == pytest.approx((1.1 + 1.2 - 0.5) / 2)  # advantages -1 and 1, sums over tokens
+    assert slope == [pytest.approx([1.1 / 2, 1.2 / 2]), pytest.approx([-0.5 / 2, 0.0])]
+    loss, slope = found(CISPO(2, clip_high=0.15))
+    weights = (-a * 1.1, -a * 1.15, a * 0.5)
+    log_pi = (-1 + math.log(1.1), -1 + math.log(1.2), -1 + math.log(0.5))
+    assert loss == pytest.approx(-sum(w * x for w, x in zip(weights, log_pi, strict=True)) / 3)
+    assert slope == [pytest.approx([a * 1.1 / 3, a * 1.15 / 3]), pytest.approx([-a * 0.5 / 3, 0.0])]
+
+
+def test_dr_grpo_is_unbiased_but_for_the_mean_baseline_and_grpo_weighs_by_length(batch):
+    rewards, mask = batch["rewards"], batch["mask"]
+    same = {**batch, "log_old": batch["log_pi"]}
+    each = torch.where(mask, batch["log_pi"], 0.0)
+    centred = rewards - rewards.view(2, 3).mean(-1).repeat_interleave(3)
+
+    def slope(objective):
+        log_pi = batch["log_pi"].clone().requires_grad_()
+        return torch.autograd.grad(call(objective, {**same, "log_pi": log_pi})["loss"], log_pi)[0]
+
+    torch.testing.assert_close(slope(DrGRPO(3)), -(centred[:, None] / 6).expand_as(each) * mask)
+    deviation = rewards.view(2, 3).std(-1).repeat_interleave(3)
+    by_length = -(centred / deviation / mask.sum(-1) / 6)[:, None] * mask
+    torch.testing.assert_close(slope(GRPO(3, beta=0.0)), by_length)
+
+
+@pytest.mark.parametrize("make", [GRPO, GSPO, DrGRPO, CISPO])
+def test_tokens_that_the_policy_did_not_choose_count_nowhere(batch, make):
+    # a tool's output of two tokens in the middle of every answer
+    def with_tool(values, inserted):
+        return torch.cat([values[:, :1], torch.full((6, 2), inserted, dtype=values.dtype), values[:, 1:]], 1)
+
+    longer = {k: v if k == "rewards" else with_tool(v, False if k == "mask" else NAN) for k, v in batch.items()}
+    torch.testing.assert_close(call(make(3, beta=0.1), longer), call(make(3, beta=0.1), batch))
+
+
+def test_weights_multiply_the_whole_loss_token_by_token(batch):
+    weights = torch.rand(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    log_pi = batch["log_pi"].clone().requires_grad_()
+    slopes = [
+        torch.autograd.grad(call(GRPO(3, beta=0.1), {**batch, "log_pi": log_pi}, **more)["loss"], log_pi)[0]
+        for more in ({}, {"weights": weights})
+    ]
+    torch.testing.assert_close(slopes[1], weights * slopes[0])
 
 
 # --- exact gradients, by going through every sequence -----------------------------------------------------------------
@@ -314,10 +400,12 @@ ALL = {
     "reinforce": lambda **options: Reinforce(group_size=3, **options),
     "ppo": lambda **options: PPOClip(group_size=3, **options),
     "grpo": lambda **options: GRPO(group_size=3, **options),
+    "gspo": lambda **options: GSPO(group_size=3, **options),
+    "cispo": lambda **options: CISPO(group_size=3, **options),
 }
 
 
-@pytest.mark.parametrize("penalty", ["reward", "loss_k2", "loss_k3"])
+@pytest.mark.parametrize("penalty", [name for name in PENALTIES if name != "loss_exact"])
 @pytest.mark.parametrize("name", ALL)
 def test_what_stands_on_padding_is_never_read(batch, name, penalty):
     batch = on_policy(batch) if name == "reinforce" else batch
@@ -402,10 +490,12 @@ def test_the_adaptive_controller_holds_the_kl_of_a_bandit_at_its_target():
         (lambda: Reinforce(beta=-0.1), "zero or more"),
         (lambda: Reinforce(beta=NAN), "zero or more"),
         (lambda: Reinforce(penalty="loss_k1"), "no gradient in expectation"),
-        (lambda: Reinforce(penalty="kl"), "reward, loss_k2, loss_k3"),
+        (lambda: Reinforce(penalty="kl"), "reward, reward_is, loss_k2, loss_k3"),
         (lambda: Reinforce(baseline="critic"), "leave_one_out"),
         (lambda: Reinforce(aggregation="mean"), "sequence_mean"),
         (lambda: GRPO(group_size=0), "group_size"),
+        (lambda: PPOClip(ratio="answer"), "token, prefix"),
+        (lambda: GRPO(3, penalty_ratio="answer"), "token, prefix"),
         (lambda: PPOClip(clip=0.0), "clipped"),
         (lambda: PPOClip(clip=1.0), "clipped"),
         (lambda: PPOClip(clip_high=-0.1), "clipped"),
@@ -434,3 +524,58 @@ def test_batches_that_do_not_fit_are_refused(batch):
 def test_an_advantage_of_each_token_is_taken_as_it_is(batch):
     each = torch.arange(30.0, dtype=torch.float64).view(6, 5)
     torch.testing.assert_close(reinforce_loss(log_pi=batch["log_pi"], advantages=each), -each * batch["log_pi"])
+
+
+# --- ends of the range ------------------------------------------------------------------------------------------------
+
+
+def one_token(log_pi: float, log_ref: float, dtype=torch.float32, **more):
+    log_pi, log_ref = (torch.full((4, 1), x, dtype=dtype) for x in (log_pi, log_ref))
+    rewards = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    return {"log_pi": log_pi.requires_grad_(), "log_ref": log_ref, "rewards": rewards, "mask": mask, "step": 0, **more}
+
+
+@pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": 1.0, "schedule": Linear(10)}])
+def test_a_penalty_of_weight_0_is_0_where_its_ratio_overflows(options):
+    batch = one_token(-120.0, -1.0)
+    terms = GRPO(group_size=4, **options)(**batch)
+    terms["loss"].backward()
+    assert terms["loss"].item() == pytest.approx(0.0, abs=1e-6)
+    expected = -advantages(batch["rewards"], baseline="group_normalised")[:, None] / 4
+    torch.testing.assert_close(batch["log_pi"].grad, expected)
+
+
+def test_a_ratio_that_overflows_is_told_in_a_sentence_and_k2_takes_it():
+    with pytest.raises(VAEError, match="119 nats a token away"):
+        GRPO(group_size=4)(**one_token(-120.0, -1.0))
+    loss = GRPO(group_size=4, penalty="loss_k2", beta=1.0)(**one_token(-120.0, -1.0))["loss"]
+    assert loss.item() == pytest.approx(119**2 / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("penalty", [name for name in PENALTIES if name != "loss_exact"])
+def test_low_precision_is_computed_in_float32(dtype, penalty):
+    half = one_token(-13.0, -1.0, dtype)  # exp(12) overflows in float16
+    terms = GRPO(group_size=4, penalty=penalty)(**half)
+    assert terms["loss"].dtype == torch.float32
+    torch.testing.assert_close(terms, GRPO(group_size=4, penalty=penalty)(**one_token(-13.0, -1.0)))
+    assert half["log_pi"].grad_fn is None and torch.autograd.grad(terms["loss"], half["log_pi"])[0].isfinite().all()
+
+
+def test_rewards_may_be_whole_numbers():
+    whole = one_token(-2.0, -1.0, rewards=torch.tensor([0, 1, 1, 0]))
+    torch.testing.assert_close(
+        GRPO(group_size=4)(**whole), GRPO(group_size=4)(**{**whole, "rewards": whole["rewards"].float()})
+    )
+    tokens = {name: whole[name] for name in ("rewards", "log_pi", "log_ref", "mask")}
+    torch.testing.assert_close(token_rewards(beta=0.1, **tokens).sum(-1), penalised_reward(beta=0.1, **tokens))
+
+
+@pytest.mark.parametrize("name", ["log_pi", "log_ref", "log_old", "rewards"])
+@pytest.mark.parametrize("value", [NAN, -math.inf])
+def test_a_number_on_the_mask_that_is_not_finite_is_named(batch, name, value):
+    broken = batch[name].clone()
+    broken[0] = value
+    with pytest.raises(VAEError, match=f"{name} is NaN or infinite"):
+        call(GRPO(group_size=3), {**batch, name: broken})

@@ -1,59 +1,82 @@
 """The policy penalty: reward minus beta KL(pi || pi_ref), what keeps a tuned language model close to where it began.
 
-A batch is B sequences sampled from the policy, of at most L tokens: log-probabilities of the sampled tokens (B, L), a
-mask (B, L) that is true on real tokens and false on padding, and a reward a sequence (B,). What stands on padding is
-never read, be it NaN. Sequences that answer the same prompt stand next to each other, `group_size` of them.
+A batch is B sequences sampled from a policy pi_old, of at most L tokens: log-probabilities of the sampled tokens (B, L)
+under pi, pi_ref and, where it is no longer pi, pi_old; a mask (B, L) that is true on the tokens that the policy chose and
+false on all others (prompts, tool output, padding); and a reward a sequence (B,). What stands off the mask is never read,
+be it NaN. Sequences that answer the same prompt stand next to each other, `group_size` of them. float16, bfloat16 and
+integers are computed in float32. Log-densities of a continuous policy, which may exceed 0, are as good as
+log-probabilities.
 
-Where the penalty stands makes a difference:
-    "reward"   r - beta sum_t k1_t, held constant. The gradient of REINFORCE is then exactly that of
-               E[r] - beta KL(pi || pi_ref), the KL of whole sequences (Ziegler et al. 2019; RLOO, Ahmadian et al. 2024).
-    "loss_k2"  beta k2_t added to each token's loss. Exact for one token; for more it is the gradient of the tokens' own
-               KL(pi(.|past) || pi_ref(.|past)), blind to how a token changes which pasts come next.
-    "loss_k3"  beta k3_t, the penalty of GRPO (Shao et al. 2024): likewise, but of the forward KL(pi_ref || pi).
-k1 in the loss is refused: its expected gradient is zero.
+Where the penalty stands, and what its expected gradient is (w: the importance ratio pi / pi_old, see RATIOS):
+    "reward"      r - beta sum_t k1_t, held constant, k1 of the policy that drew the tokens. On-policy, with REINFORCE, that
+                  of E[r] - beta KL(pi || pi_ref), the KL of whole sequences (Ziegler et al. 2019; RLOO, Ahmadian et al.
+                  2024). Off-policy it lacks beta KL(pi || pi_old): policies are pushed away from the one that drew.
+    "reward_is"   the same with k1 of the present policy: exact wherever the ratio beside it is that of whole sequences.
+    "loss_k2"     beta k2_t in each token's loss. On-policy that of the tokens' own KL(pi(.|past) || pi_ref(.|past)), pasts
+                  held fixed; off-policy biased.
+    "loss_k3"     beta k3_t, GRPO's (Shao et al. 2024): on-policy that of the *forward* KL(pi_ref || pi); off-policy of
+                  neither.
+    "loss_k1_is"  beta w k1_t } the tokens' own KL(pi || pi_ref), on-policy and off; the pasts are those that pi_old drew.
+    "loss_k2_is"  beta w k2_t } k2's w is held constant. k3's has the least variance near pi_ref (DeepSeek-V3.2,
+    "loss_k3_is"  beta w k3_t } Liu et al. 2025).
+    "loss_exact"  beta KL_t, from the whole next-token distributions (`vae.token_kl`): the same without the noise of the
+                  token drawn (Amini et al. 2025).
+k1 in the loss without its ratio is refused: on-policy its expected gradient is zero, off-policy that of -KL(pi_old || pi).
+With penalty_ratio "prefix" the k1, k3 and exact penalties see how a token changes what follows as well, and their
+gradient is that of the KL of whole sequences; k2, whose ratio is held, only puts each token's KL on the pasts of pi.
+docs/which_kl.md has each bias and variance as a number.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vae.beta import Constant
 from vae.errors import VAEError
-from vae.kl import k1, k2, k3
-
-PENALTIES = {"reward": None, "loss_k2": k2, "loss_k3": k3}
-
+from vae.importance import RATIOS, log_importance, per_sequence_mean, ratio_k1, ratio_k2, ratio_k3, real
+from vae.kl import at_least_float32, k1, k2, k3
 
 # ------------------------------------------------------------------------------------------------------ over tokens
 
 
-def _real(values: Tensor, mask: Tensor) -> Tensor:
-    """values with 0 on padding, whatever stood there, and no gradient to it."""
-    return torch.where(mask, values, torch.zeros_like(values))
-
-
 def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Sum over each sequence's tokens, mean over sequences: the policy gradient proper (REINFORCE, RLOO)."""
-    return _real(values, mask).sum(-1).mean()
+    return real(values, mask).sum(-1).mean()
 
 
 def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over each sequence's tokens, mean over sequences: GRPO as published; a token of a long answer weighs less."""
-    return _per_sequence_mean(values, mask).mean()
+    return per_sequence_mean(values, mask).mean()
 
 
 def token_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over all real tokens of the batch: DAPO (Yu et al. 2025); a long answer weighs more."""
-    return _real(values, mask).sum() / mask.sum().clamp(min=1)
-
-
-def _per_sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
-    # A sequence without tokens has sum 0; a count of 1 makes its mean 0 and changes no other.
-    return _real(values, mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    return real(values, mask).sum() / mask.sum().clamp(min=1)
 
 
 AGGREGATIONS = {"sequence_sum": sequence_sum, "sequence_mean": sequence_mean, "token_mean": token_mean}
+
+
+# ------------------------------------------------------------------------------------------------------- penalties
+
+
+def _on_policy(estimator):
+    return lambda *, log_pi, log_ref, log_ratio: estimator(log_pi=log_pi, log_ref=log_ref)
+
+
+PENALTIES = {
+    "reward": None,
+    "reward_is": None,
+    "loss_k2": _on_policy(k2),
+    "loss_k3": _on_policy(k3),
+    "loss_k1_is": ratio_k1,
+    "loss_k2_is": ratio_k2,
+    "loss_k3_is": ratio_k3,
+    "loss_exact": None,
+}
 
 
 # --------------------------------------------------------------------------------------------- penalty in the reward
@@ -71,7 +94,7 @@ def penalised_reward(
     token_kl = k1(log_pi=log_pi.detach(), log_ref=log_ref.detach())
     if per not in ("sequence", "token"):
         raise VAEError(f"The penalty is taken per 'sequence' or per 'token', not {per!r}.")
-    kl = _real(token_kl, mask).sum(-1) if per == "sequence" else _per_sequence_mean(token_kl, mask)
+    kl = real(token_kl, mask).sum(-1) if per == "sequence" else per_sequence_mean(token_kl, mask)
     return rewards - beta * kl
 
 
@@ -80,7 +103,8 @@ def token_rewards(*, rewards: Tensor, log_pi: Tensor, log_ref: Tensor, mask: Ten
 
     Sums to `penalised_reward` over a sequence; 0 on padding (Ziegler et al. 2019; TRL's PPO). No gradient.
     """
-    penalty = -beta * _real(k1(log_pi=log_pi.detach(), log_ref=log_ref.detach()), mask)
+    mask, rewards = mask.bool(), at_least_float32(rewards)
+    penalty = -beta * real(k1(log_pi=log_pi.detach(), log_ref=log_ref.detach()), mask)
     real_tokens_left = mask.long().flip(-1).cumsum(-1).flip(-1)
     return penalty + torch.where(mask & (real_tokens_left == 1), rewards.unsqueeze(-1), torch.zeros_like(penalty))
 
@@ -107,11 +131,15 @@ def leave_one_out(returns: Tensor) -> Tensor:
 def group_normalised(returns: Tensor) -> Tensor:
     """Less the group's mean, divided by its standard deviation (with K - 1); 0 in a group of equals. GRPO.
 
-    TRL adds 1e-4 to the deviation so as not to divide by 0; here such a group is told by its equality instead.
+    Returns are equal if they differ by less than a millionth of the largest: that is rounding, which divided by itself
+    would come out at full size. TRL adds 1e-4 to the deviation instead.
     """
-    equal = returns.amax(-1, keepdim=True) == returns.amin(-1, keepdim=True)
-    deviation = returns.std(-1, keepdim=True).masked_fill(equal, 1.0)
-    return ((returns - returns.mean(-1, keepdim=True)) / deviation).masked_fill(equal, 0.0)
+    span = returns.amax(-1, keepdim=True) - returns.amin(-1, keepdim=True)
+    equal = span <= 1e-6 * returns.abs().amax(-1, keepdim=True)
+    # in units of the span, so that the squares of tiny returns do not vanish
+    scaled = (returns - returns.mean(-1, keepdim=True)) / span.masked_fill(equal, 1.0)
+    deviation = scaled.std(-1, keepdim=True).masked_fill(equal, 1.0)
+    return (scaled / deviation).masked_fill(equal, 0.0)
 
 
 BASELINES = {
@@ -134,7 +162,7 @@ def advantages(returns: Tensor, *, baseline: str, group_size: int | None = None)
         raise VAEError(f"{len(returns)} sequences are not whole groups of {size}.")
     if size < 2 and baseline != "none":
         raise VAEError(f"The baseline {baseline!r} needs groups of at least two sequences.")
-    return BASELINES[baseline](returns.reshape(-1, size)).flatten()
+    return BASELINES[baseline](at_least_float32(returns).reshape(-1, size)).flatten()
 
 
 # ---------------------------------------------------------------------------------------------------- surrogate losses
@@ -142,7 +170,7 @@ def advantages(returns: Tensor, *, baseline: str, group_size: int | None = None)
 
 def reinforce_loss(*, log_pi: Tensor, advantages: Tensor) -> Tensor:
     """-A log pi of each token; its gradient is the policy gradient (Williams 1992). A: (B,) or (B, L) -> (B, L)."""
-    return -_per_token(advantages, log_pi) * log_pi
+    return -_per_token(advantages, log_pi) * at_least_float32(log_pi)
 
 
 def clipped_loss(
@@ -153,18 +181,28 @@ def clipped_loss(
     clip: float | Tensor,
     clip_high: float | Tensor | None = None,
 ) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A) of each token, ratio = pi / pi_old (Schulman et al. 2017).
+    """-min(w A, clip(w, 1 - clip, 1 + clip_high) A) of each token, w = pi / pi_old (Schulman et al. 2017).
 
     clip_high: clip unless given (DAPO's clip-higher). Shapes: log-probabilities (B, L), A (B,) or (B, L) -> (B, L).
     """
     gain = _per_token(advantages, log_pi)
-    ratio = torch.exp(log_pi - log_old.detach())
+    ratio = torch.exp(at_least_float32(log_pi) - at_least_float32(log_old.detach()))
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     return -torch.minimum(ratio * gain, clipped * gain)
 
 
+def cispo_loss(*, log_pi: Tensor, log_ratio: Tensor, advantages: Tensor, clip_high: float | Tensor) -> Tensor:
+    """-min(w, 1 + clip_high) A log pi of each token, the weight held constant (MiniMax-M1, Chen et al. 2025): (B, L).
+
+    Where `clipped_loss` drops the gradient of a clipped token, this keeps it at the bounded weight: REINFORCE under
+    truncated importance weights.
+    """
+    weight = at_least_float32(log_ratio.detach()).exp().clamp(max=1 + clip_high)
+    return weight * reinforce_loss(log_pi=log_pi, advantages=advantages)
+
+
 def _per_token(advantages: Tensor, log_pi: Tensor) -> Tensor:
-    advantages = advantages.detach()
+    advantages = at_least_float32(advantages.detach())
     return advantages if advantages.dim() == log_pi.dim() else advantages.unsqueeze(-1)
 
 
@@ -172,12 +210,12 @@ def _per_token(advantages: Tensor, log_pi: Tensor) -> Tensor:
 
 
 class PolicyObjective(nn.Module):
-    """What Reinforce, PPOClip and GRPO share: reward, penalty, advantage, loss.
+    """What all objectives here share: reward, penalty, advantage, loss.
 
     beta * schedule(step) weighs the penalty; schedule is any of vae.beta. In training a controller is told, at each
-    call, the KL of whole sequences in nats (k1 of the policy that drew them). penalty, baseline, aggregation: names in
-    PENALTIES, BASELINES and AGGREGATIONS; group_size: answers to one prompt, None for the whole batch.
-    Raises VAEError for a negative beta and for names that are not there, k1 in the loss among them.
+    call, the KL of whole sequences in nats (k1 of the policy that drew them). penalty, baseline, aggregation,
+    penalty_ratio: names in PENALTIES, BASELINES, AGGREGATIONS and RATIOS; group_size: answers to one prompt, None for the
+    whole batch. Raises VAEError for a negative beta and for names that are not there, k1 in the loss among them.
     """
 
     def __init__(
@@ -188,16 +226,21 @@ class PolicyObjective(nn.Module):
         baseline: str,
         group_size: int | None,
         aggregation: str,
+        penalty_ratio: str = "token",
     ) -> None:
         super().__init__()
         if not beta >= 0:
             raise VAEError(f"beta={beta} must be zero or more.")
         if penalty == "loss_k1":
-            raise VAEError("k1 in the loss has no gradient in expectation: use reward, loss_k2 or loss_k3.")
+            raise VAEError(
+                "k1 in the loss has no gradient in expectation without its importance ratio: use loss_k1_is, reward, "
+                "loss_k2 or loss_k3_is."
+            )
         for what, name, known in (
             ("penalty", penalty, PENALTIES),
             ("baseline", baseline, BASELINES),
             ("aggregation", aggregation, AGGREGATIONS),
+            ("penalty_ratio", penalty_ratio, RATIOS),
         ):
             if name not in known:
                 raise VAEError(f"There is no {what} {name!r}: choose among {', '.join(known)}.")
@@ -206,8 +249,9 @@ class PolicyObjective(nn.Module):
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.schedule = Constant() if schedule is None else schedule
         self.penalty, self.baseline, self.group_size, self.aggregation = penalty, baseline, group_size, aggregation
+        self.penalty_ratio = penalty_ratio
 
-    def token_loss(self, log_pi: Tensor, log_old: Tensor, advantages: Tensor) -> Tensor:
+    def token_loss(self, log_pi: Tensor, log_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         """What is minimised of each token, without the penalty: (B, L)."""
         raise TypeError(f"{type(self).__name__} does not say what it minimises: it must define token_loss().")
 
@@ -220,32 +264,64 @@ class PolicyObjective(nn.Module):
         mask: Tensor,
         step: int,
         log_old: Tensor | None = None,
+        weights: Tensor | None = None,
+        token_kl: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """0-dim terms: "loss" (the only one with a gradient), "reward", "kl" and "kl_k3" in nats a sequence, "beta".
 
         log_old: of the policy that drew the tokens, where that is no longer the present one; None means it still is.
+        weights: (B, L), of `importance_weights`, where the tokens were drawn by something else again (another engine, a
+        temperature, top-p): they multiply the whole loss. token_kl: for penalty "loss_exact", (B, L).
+        Raises VAEError for shapes that do not fit, numbers on the mask that are not finite, and a loss that is not:
+        exp(log-ratio) overflows from 88 nats a token, in float32. "kl_k3", which is only looked at, may be infinite.
         """
         if not (log_pi.shape == log_ref.shape == mask.shape) or rewards.shape != log_pi.shape[:1]:
             raise VAEError("A policy batch needs log_pi, log_ref and mask of one shape (B, L), and B rewards.")
-        mask, rewards = mask.bool(), rewards.detach()
-        log_pi, log_ref = _real(log_pi, mask), _real(log_ref.detach(), mask)
-        log_old = log_pi.detach() if log_old is None else _real(log_old.detach(), mask)
+        mask, rewards = mask.bool(), at_least_float32(rewards.detach())
+        log_pi, log_ref = real(log_pi, mask), real(log_ref.detach(), mask)
+        log_old = log_pi.detach() if log_old is None else real(log_old.detach(), mask)
+        for name, values in (("log_pi", log_pi), ("log_ref", log_ref), ("log_old", log_old), ("rewards", rewards)):
+            if not values.isfinite().all():
+                where = "" if name == "rewards" else ", and not on padding: mask out what the policy did not choose"
+                raise VAEError(f"{name} is NaN or infinite{where}.")
 
         weight = self.beta * self.schedule(step)
         returns = rewards
-        if self.penalty == "reward":
-            returns = penalised_reward(rewards=rewards, log_pi=log_old, log_ref=log_ref, mask=mask, beta=weight)
+        if self.penalty.startswith("reward"):
+            of = log_old if self.penalty == "reward" else log_pi
+            returns = penalised_reward(rewards=rewards, log_pi=of, log_ref=log_ref, mask=mask, beta=weight)
         gain = advantages(returns, baseline=self.baseline, group_size=self.group_size)
-        token_loss = self.token_loss(log_pi, log_old, gain)
-        if self.penalty != "reward":
-            token_loss = token_loss + weight * PENALTIES[self.penalty](log_pi=log_pi, log_ref=log_ref)
+        token_loss = self.token_loss(log_pi, log_old, gain, mask)
+        if self.penalty.startswith("loss") and weight > 0:  # 0 times a k3 that overflows would be NaN
+            token_loss = token_loss + weight * self.token_penalty(log_pi, log_old, log_ref, mask, token_kl)
+        if weights is not None:
+            token_loss = weights.detach() * token_loss
         loss = AGGREGATIONS[self.aggregation](token_loss, mask)
+        if not loss.isfinite():
+            furthest = max((log_pi - other).detach().abs().max().item() for other in (log_old, log_ref))
+            raise VAEError(
+                f"The loss is not finite: pi is {furthest:.0f} nats a token away from pi_old or pi_ref, and the ratio "
+                "overflows. A penalty of k2 or in the reward takes no exponential; a larger beta keeps pi nearer."
+            )
 
         kl = k1(log_pi=log_old, log_ref=log_ref).sum(-1).mean()
         if self.training:
             self.schedule.observe(rate=kl)
         kl_k3 = k3(log_pi=log_old, log_ref=log_ref).sum(-1).mean()
         return {"loss": loss, "reward": rewards.mean(), "kl": kl, "kl_k3": kl_k3, "beta": weight.detach()}
+
+    def token_penalty(
+        self, log_pi: Tensor, log_old: Tensor, log_ref: Tensor, mask: Tensor, token_kl: Tensor | None
+    ) -> Tensor:
+        """The penalty in the loss of each token, in nats: (B, L)."""
+        logs = {"log_pi": log_pi, "log_old": log_old, "mask": mask}
+        log_ratio = log_importance(per=self.penalty_ratio, **logs)
+        if self.penalty != "loss_exact":
+            return PENALTIES[self.penalty](log_pi=log_pi, log_ref=log_ref, log_ratio=log_ratio)
+        if token_kl is None or token_kl.shape != log_pi.shape:
+            raise VAEError("The penalty loss_exact needs token_kl (B, L), of vae.token_kl.")
+        # the token itself was averaged over: its own ratio would only add noise
+        return (log_ratio - log_importance(**logs)).exp() * real(token_kl, mask)
 
 
 class Reinforce(PolicyObjective):
@@ -263,8 +339,9 @@ class Reinforce(PolicyObjective):
         baseline: str = "leave_one_out",
         group_size: int | None = None,
         aggregation: str = "sequence_sum",
+        penalty_ratio: str = "token",
     ) -> None:
-        super().__init__(beta, schedule, penalty, baseline, group_size, aggregation)
+        super().__init__(beta, schedule, penalty, baseline, group_size, aggregation, penalty_ratio)
 
     def forward(self, *, log_old: Tensor | None = None, **batch: Tensor | int) -> dict[str, Tensor]:
         if log_old is not None:
@@ -273,7 +350,7 @@ class Reinforce(PolicyObjective):
             )
         return super().forward(**batch)
 
-    def token_loss(self, log_pi: Tensor, log_old: Tensor, advantages: Tensor) -> Tensor:
+    def token_loss(self, log_pi: Tensor, log_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         return reinforce_loss(log_pi=log_pi, advantages=advantages)
 
 
@@ -281,8 +358,10 @@ class PPOClip(PolicyObjective):
     """The clipped surrogate (Schulman et al. 2017) on the advantage of whole sequences, several steps a batch.
 
     clip: how far the ratio to the policy that drew the sample may pay; clip_high: upwards, where that differs (DAPO).
-    There is no critic: all tokens share their sequence's advantage, penalty included. One that is trained on
-    `token_rewards` hands its advantages of single tokens to `clipped_loss`.
+    ratio: whose ratio is clipped, a name in RATIOS; one of whole answers stands at each of their tokens, and wants the
+    aggregation "sequence_mean". The penalty is that of the present policy; "reward" is that of the one
+    that drew, as TRL has it. There is no critic: all tokens share their sequence's advantage, penalty included. One
+    that is trained on `token_rewards` hands its advantages of single tokens to `clipped_loss`.
     Raises VAEError unless 0 < clip < 1 and clip_high > 0.
     """
 
@@ -290,32 +369,42 @@ class PPOClip(PolicyObjective):
         self,
         beta: float = 0.05,
         schedule: nn.Module | None = None,
-        penalty: str = "reward",
+        penalty: str = "reward_is",
         baseline: str = "leave_one_out",
         group_size: int | None = None,
         aggregation: str = "token_mean",
         clip: float = 0.2,
         clip_high: float | None = None,
+        ratio: str = "token",
+        penalty_ratio: str = "token",
     ) -> None:
-        super().__init__(beta, schedule, penalty, baseline, group_size, aggregation)
+        super().__init__(beta, schedule, penalty, baseline, group_size, aggregation, penalty_ratio)
         clip_high = clip if clip_high is None else clip_high
         if not (0 < clip < 1 and clip_high > 0):
             raise VAEError(
                 f"The ratio is clipped to (1 - {clip}, 1 + {clip_high}), which must hold 1 and no negatives."
             )
+        if ratio not in RATIOS:
+            raise VAEError(f"There is no ratio {ratio!r}: choose among {', '.join(RATIOS)}.")
+        self.ratio = ratio
         self.register_buffer("clip", torch.tensor(float(clip)))
         self.register_buffer("clip_high", torch.tensor(float(clip_high)))
 
-    def token_loss(self, log_pi: Tensor, log_old: Tensor, advantages: Tensor) -> Tensor:
+    def token_loss(self, log_pi: Tensor, log_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        ratio = log_importance(log_pi=log_pi, log_old=log_old, mask=mask, per=self.ratio)
         return clipped_loss(
-            log_pi=log_pi, log_old=log_old, advantages=advantages, clip=self.clip, clip_high=self.clip_high
+            log_pi=ratio,
+            log_old=torch.zeros_like(ratio),
+            advantages=advantages,
+            clip=self.clip,
+            clip_high=self.clip_high,
         )
 
 
 class GRPO(PPOClip):
-    """Group-normalised advantages, the clipped surrogate, k3 in the loss, means of sequence means (Shao et al. 2024).
+    """Group-normalised advantages, the clipped surrogate, w k3 in the loss, means of sequence means.
 
-    aggregation "token_mean" and clip_high 0.28 make it DAPO's.
+    penalty "loss_k3" makes it that of Shao et al. 2024, biased; aggregation "token_mean" and clip_high 0.28 DAPO's.
     """
 
     def __init__(
@@ -323,10 +412,71 @@ class GRPO(PPOClip):
         group_size: int,
         beta: float = 0.04,
         schedule: nn.Module | None = None,
-        penalty: str = "loss_k3",
+        penalty: str = "loss_k3_is",
         baseline: str = "group_normalised",
         aggregation: str = "sequence_mean",
         clip: float = 0.2,
         clip_high: float | None = None,
+        ratio: str = "token",
+        penalty_ratio: str = "token",
     ) -> None:
-        super().__init__(beta, schedule, penalty, baseline, group_size, aggregation, clip, clip_high)
+        super().__init__(
+            beta, schedule, penalty, baseline, group_size, aggregation, clip, clip_high, ratio, penalty_ratio
+        )
+
+
+class DrGRPO(GRPO):
+    """GRPO without its two normalisations: advantages keep their scale, and no token weighs less in a long answer.
+
+    Liu et al. 2025, "Understanding R1-Zero-like training", who divide the sum over tokens by a constant length, which
+    is left to the learning rate.
+    """
+
+    def __init__(
+        self,
+        group_size: int,
+        beta: float = 0.0,
+        *,
+        baseline: str = "mean",
+        aggregation: str = "sequence_sum",
+        **options: Any,
+    ) -> None:
+        super().__init__(group_size, beta, baseline=baseline, aggregation=aggregation, **options)
+
+
+class GSPO(GRPO):
+    """GRPO on one ratio a sequence, the geometric mean of its tokens', clipped as a whole (Zheng et al. 2025)."""
+
+    def __init__(
+        self,
+        group_size: int,
+        beta: float = 0.0,
+        *,
+        clip: float = 3e-4,
+        clip_high: float = 4e-4,
+        ratio: str = "geometric",
+        **options: Any,
+    ) -> None:
+        super().__init__(group_size, beta, clip=clip, clip_high=clip_high, ratio=ratio, **options)
+
+
+class CISPO(GRPO):
+    """GRPO's advantages on REINFORCE under a bounded weight, so that clipped tokens still teach (Chen et al. 2025).
+
+    The weight is at most 1 + clip_high; there is no lower bound.
+    """
+
+    def __init__(
+        self,
+        group_size: int,
+        beta: float = 0.0,
+        *,
+        clip_high: float = 4.0,
+        aggregation: str = "token_mean",
+        **options: Any,
+    ) -> None:
+        super().__init__(group_size, beta, clip_high=clip_high, aggregation=aggregation, **options)
+
+    def token_loss(self, log_pi: Tensor, log_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        log_ratio = log_importance(log_pi=log_pi, log_old=log_old, mask=mask, per=self.ratio)
+        return cispo_loss(log_pi=log_pi, log_ratio=log_ratio, advantages=advantages, clip_high=self.clip_high)

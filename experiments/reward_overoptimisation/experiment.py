@@ -72,7 +72,7 @@ SETTINGS = {
 TOY = GaussianToy(a=1.0, b=0.2, dim=16)
 METHODS = {
     "REINFORCE, penalty in the reward": Reinforce,
-    "PPO-clip, penalty in the reward": PPOClip,
+    "PPO-clip, penalty in the reward": partial(PPOClip, penalty="reward"),
     "REINFORCE, k2 in the loss": partial(Reinforce, penalty="loss_k2"),
 }
 FORWARD_PENALTY = partial(Reinforce, penalty="loss_k3")

@@ -103,7 +103,7 @@ def objective(settings: dict[str, Any], method: str, beta: float | None) -> Poli
     if beta is None:
         own = settings["controller"]
         schedule = AdaptiveKL(own["target"], own["horizon"], own["init"][method], own["batch"])
-    made = {"REINFORCE": Reinforce, "GRPO": GRPO}[method]
+    made = {"REINFORCE": Reinforce, "GRPO": partial(GRPO, penalty="loss_k3")}[method]
     return made(group_size=settings["group"], beta=1.0 if beta is None else beta, schedule=schedule)
 
 
