@@ -243,7 +243,7 @@ def measured(folder: Path) -> dict:
     for split in ("train", "test"):
         data.test_split, totals = split, ELBOTotals()
         for batch in data.test_dataloader():
-            totals.update(module.vae, data.prepare(batch, training=split == "train"))  # draws the pixels of that split
+            totals.update(module.vae, data.prepare(batch, training=False))
             if totals.images >= IMAGES:
                 break
         result[split] = {name: totals.compute()[name] for name in ("rate", "distortion", "elbo")}

@@ -127,8 +127,8 @@ class ImageDataModule(pl.LightningDataModule):
     """A data set's three splits as a LightningDataModule.
 
     source: called without arguments, returns `Splits`. binarize: `none` (pixels / 255), `threshold` (pixel >= 128),
-    `static` (one Bernoulli draw an image, fixed by `split_seed`) or `dynamic` (a fresh draw each training batch; validation
-    and test keep one seeded draw, so that every run is measured on the same pixels). seed: of the training order and
+    `static` (one Bernoulli draw per image, fixed by `split_seed`) or `dynamic` (a fresh draw each training batch; whatever
+    is measured, training images too, has one seeded draw, so that every run is measured on the same pixels). seed: of the training order and
     draws. limit: keep only the first so many images of each split. labelled: keep the labels of so many training images,
     equally many a class, and set the others to -1. Raises VAEError for an unknown option or a batch larger than the split.
     """
@@ -154,6 +154,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.binarize, self.seed, self.split_seed = binarize, seed, split_seed
         self.num_workers, self.limit, self.labelled = num_workers, limit, labelled
         self.splits: Splits | None = None
+        self._train_measured: Images | None = None
         self.changed_factors: int | str | None = None  # of partners, where an objective asked for them
         self.labelled_per_batch = 0
         self.test_split = "test"  # `vae.evaluate` may point it at another split
@@ -182,6 +183,15 @@ class ImageDataModule(pl.LightningDataModule):
         """The three splits, loaded on first use."""
         self.setup()
         return self.splits
+
+    def measured(self, split: str) -> ImageSet:
+        """A split's images as they are measured: the training images of binarize=dynamic as the one draw that binarize=static
+        would train on."""
+        if split != "train" or self.binarize != "dynamic":
+            return getattr(self.splits_ready(), split)
+        if self._train_measured is None:
+            self._train_measured = binarized_once(self.splits_ready().train, derive(self.split_seed, "binarize", "train"))
+        return self._train_measured
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -244,7 +254,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self.prepare(batch, training=self.trainer.training)
 
     def _loader(self, split: str, shuffle: bool, batch_size: int) -> BatchLoader:
-        images = getattr(self.splits_ready(), split)
+        images = getattr(self.splits_ready(), split) if shuffle else self.measured(split)
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         # Evaluation noise follows from the split alone: every run and every method meets the same draws.
@@ -266,8 +276,8 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader(self.test_split, False, self.eval_batch_size)
 
     def examples(self, split: str, n: int) -> Batch:
-        """The first n prepared images of a split, for pictures; as evaluation sees them."""
-        images = getattr(self.splits_ready(), split)
+        """The first n prepared images of a split, as evaluation sees them."""
+        images = self.measured(split)
         x, y = images.gather(torch.arange(min(n, len(images))))
         return self.prepare(Batch(x, y, derive(self.split_seed, "examples")), training=False)
 

@@ -94,8 +94,8 @@ def require_not_negative(objective: nn.Module, **options: float) -> None:
 
 @torch.no_grad()
 def pass_of_one_image(vae: VAE, data: ImageDataModule) -> VAEOutput:
-    """A training image through the untrained model: what kind of posterior it has, and whether its KL is exact."""
-    batch = data.examples("train", 1)
+    """An image through the untrained model: what kind of posterior it has, and whether its KL is exact."""
+    batch = data.examples("val", 1)
     training = vae.training
     try:
         return vae.eval()(batch.x, generator("pass of one image"), batch.y)
