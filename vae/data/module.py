@@ -128,8 +128,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     source: called without arguments, returns `Splits`. binarize: `none` (pixels / 255), `threshold` (pixel >= 128),
     `static` (one Bernoulli draw per image, fixed by `split_seed`) or `dynamic` (a fresh draw each training batch; whatever
-    is measured, training images too, has one seeded draw, so that every run is measured on the same pixels). seed: of the training order and
-    draws. limit: keep only the first so many images of each split. labelled: keep the labels of so many training images,
+    is measured, training images too, has one seeded draw, so that every run is measured on the same pixels). seed: of the
+    training order and draws. limit: keep only the first so many images of each split. labelled: keep the labels of so many training images,
     equally many a class, and set the others to -1. Raises VAEError for an unknown option or a batch larger than the split.
     """
 
@@ -190,7 +190,9 @@ class ImageDataModule(pl.LightningDataModule):
         if split != "train" or self.binarize != "dynamic":
             return getattr(self.splits_ready(), split)
         if self._train_measured is None:
-            self._train_measured = binarized_once(self.splits_ready().train, derive(self.split_seed, "binarize", "train"))
+            self._train_measured = binarized_once(
+                self.splits_ready().train, derive(self.split_seed, "binarize", "train")
+            )
         return self._train_measured
 
     @property
