@@ -185,8 +185,8 @@ class ImageDataModule(pl.LightningDataModule):
         return self.splits
 
     def measured(self, split: str) -> ImageSet:
-        """A split's images as they are measured: the training images of binarize=dynamic as the one draw that binarize=static
-        would train on."""
+        """A split's images as they are measured: under binarize=dynamic, the training images too have one draw, that on which
+        binarize=static would train."""
         if split != "train" or self.binarize != "dynamic":
             return getattr(self.splits_ready(), split)
         if self._train_measured is None:
