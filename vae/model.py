@@ -75,6 +75,8 @@ class VAE(nn.Module):
 
     encoder: (B, C, H, W) -> (B, 2 D); decoder: (N, D) -> (N, P, C, H, W); with `num_classes` both also take labels. A
     decoder with a true `autoregressive` is also given x, and its parameters of a pixel depend on the pixels before it.
+    latent_label: the label is a latent variable too, with a uniform p(y): p(x) = 1/num_classes sum_y p(x|y). Every method
+    here is of x given y all the same.
     posterior: the family of q(z|x), encoder's output -> distribution over z, a module if it has weights of its own; then
     the encoder gives as many numbers as the family asks for.
     """
@@ -87,11 +89,12 @@ class VAE(nn.Module):
         likelihood: nn.Module,
         num_classes: int = 0,
         posterior: Callable[[Tensor], Posterior] = DiagonalGaussian.from_parameters,
+        latent_label: bool = False,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.prior, self.likelihood = prior, likelihood
-        self.num_classes = num_classes
+        self.num_classes, self.latent_label = num_classes, latent_label
         self.posterior = posterior
 
     @property

@@ -129,8 +129,9 @@ class ImageDataModule(pl.LightningDataModule):
     source: called without arguments, returns `Splits`. binarize: `none` (pixels / 255), `threshold` (pixel >= 128),
     `static` (one Bernoulli draw per image, fixed by `split_seed`) or `dynamic` (a fresh draw each training batch; whatever
     is measured, training images too, has one seeded draw, so that every run is measured on the same pixels). seed: of the
-    training order and draws. limit: keep only the first so many images of each split. labelled: keep the labels of so many training images,
-    equally many a class, and set the others to -1. Raises VAEError for an unknown option or a batch larger than the split.
+    training order and draws. limit: keep only the first so many images of each split. labelled: train with the labels of
+    so many training images, equally many a class, and -1 for the others; what is measured has them all. Raises VAEError for
+    an unknown option or a batch larger than the split.
     """
 
     def __init__(
@@ -155,6 +156,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.num_workers, self.limit, self.labelled = num_workers, limit, labelled
         self.splits: Splits | None = None
         self._train_measured: Images | None = None
+        self._train_labels: Tensor | None = None  # before some were withheld
         self.changed_factors: int | str | None = None  # of partners, where an objective asked for them
         self.labelled_per_batch = 0
         self.test_split = "test"  # `vae.evaluate` may point it at another split
@@ -170,6 +172,7 @@ class ImageDataModule(pl.LightningDataModule):
                 f"data.batch_size={self.batch_size} is larger than the training split, which has {len(splits.train)} images."
             )
         if self.labelled is not None:
+            self._train_labels = getattr(splits.train, "y", None)
             splits = splits._replace(train=partly_labelled(splits.train, self.labelled, self.split_seed))
         draw_once = {"static": (True, True, True), "dynamic": (False, True, True)}.get(self.binarize, (False,) * 3)
         self.splits = Splits(
@@ -185,14 +188,17 @@ class ImageDataModule(pl.LightningDataModule):
         return self.splits
 
     def measured(self, split: str) -> ImageSet:
-        """A split's images as they are measured: under binarize=dynamic, the training images too have one draw, that on which
-        binarize=static would train."""
-        if split != "train" or self.binarize != "dynamic":
-            return getattr(self.splits_ready(), split)
+        """A split's images as they are measured: the training images too have one draw of their pixels (under
+        binarize=dynamic that on which binarize=static would train), and the labels that training did not see."""
+        images = getattr(self.splits_ready(), split)
+        if split != "train" or (self.binarize != "dynamic" and self.labelled is None):
+            return images
         if self._train_measured is None:
-            self._train_measured = binarized_once(
-                self.splits_ready().train, derive(self.split_seed, "binarize", "train")
-            )
+            if self.binarize == "dynamic":
+                images = binarized_once(images, derive(self.split_seed, "binarize", "train"))
+            if self.labelled is not None:
+                images = Images(images.x, self._train_labels)
+            self._train_measured = images
         return self._train_measured
 
     @property

@@ -52,7 +52,8 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
         torch.manual_seed(derive(config.seed, "init"))
         objective = instantiate(config.objective)
         waiting = isinstance(objective, functools.partial)  # for what only the model and the data can tell
-        num_classes = data.num_classes if (objective.func if waiting else objective).conditional else 0
+        kind = objective.func if waiting else objective
+        num_classes = data.num_classes if kind.conditional else 0
         likelihood = instantiate(config.likelihood)
         network = functools.partial(
             instantiate(config.network),
@@ -72,6 +73,7 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
             likelihood,
             num_classes,
             posterior or DiagonalGaussian.from_parameters,
+            kind.latent_label,
         )
         if waiting:
             objective = objective(**facts_for(objective, vae, data))

@@ -32,6 +32,8 @@ class Objective(nn.Module):
     optimizer_options: dict[str, object] = {}
     #: Whether encoder and decoder are given labels.
     conditional = False
+    #: Whether the model that they make up sums the label out; the terms are then of p(x) outside training.
+    latent_label = False
 
     def __init__(self, beta: float = 1.0, schedule: nn.Module | None = None) -> None:
         super().__init__()
