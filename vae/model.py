@@ -99,8 +99,19 @@ class VAEOutput(Halves):
 class VAE(nn.Module):
     """p(x, z) = p(x|z) p(z) with the amortised posterior q(z|x) (Kingma & Welling 2014; Rezende et al. 2014).
 
+<<<<<<< HEAD
     encoder: (B, C, H, W) -> (B, encoder_outputs of the posterior family); decoder: (N, D) -> (N, P, C, H, W); with
-    `num_classes` both also take labels. posterior: the family of q(z|x), by default diagonal Gaussians.
+    `num_classes` both also take labels. posterior: the family of q(z|x), by default diagonal Gaussians. latent_label: the label
+    is a latent variable too, with a uniform p(y): p(x) = 1/num_classes sum_y p(x|y). Every method here is of x given y all
+    the same.
+=======
+    encoder: (B, C, H, W) -> (B, 2 D); decoder: (N, D) -> (N, P, C, H, W); with `num_classes` both also take labels. A
+    decoder with a true `autoregressive` is also given x, and its parameters of a pixel depend on the pixels before it.
+    latent_label: the label is a latent variable too, with a uniform p(y): p(x) = 1/num_classes sum_y p(x|y). Every method
+    here is of x given y all the same.
+    posterior: the family of q(z|x), encoder's output -> distribution over z, a module if it has weights of its own; then
+    the encoder gives as many numbers as the family asks for.
+>>>>>>> measures
     """
 
     def __init__(
@@ -110,13 +121,24 @@ class VAE(nn.Module):
         prior: Prior,
         likelihood: nn.Module,
         num_classes: int = 0,
+<<<<<<< HEAD
         posterior: PosteriorFamily | None = None,
+        latent_label: bool = False,
+=======
+        posterior: Callable[[Tensor], Posterior] = DiagonalGaussian.from_parameters,
+        latent_label: bool = False,
+>>>>>>> measures
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.prior, self.likelihood = prior, likelihood
+<<<<<<< HEAD
         self.num_classes = num_classes
         self.posterior = DiagonalFamily(prior.latent_dim) if posterior is None else posterior
+=======
+        self.num_classes, self.latent_label = num_classes, latent_label
+        self.posterior = DiagonalFamily(prior.latent_dim) if posterior is None else posterior
+>>>>>>> measures
 
     @property
     def latent_dim(self) -> int:

@@ -76,6 +76,16 @@ def test_static_binarisation_and_evaluation_see_one_draw_whatever_the_seed():
     assert torch.equal(a, b)
 
 
+def test_training_images_are_measured_on_the_draw_that_static_binarisation_would_train_on():
+    drawn, static = module(binarize="dynamic"), module(binarize="static")
+    expected = static.scale(static.splits_ready().train.x)
+    drawn.test_split = "train"
+    measured = torch.cat([drawn.prepare(batch, training=False).x for batch in drawn.test_dataloader()])
+    assert torch.equal(measured, expected)
+    assert torch.equal(drawn.examples("train", 7).x, expected[:7])
+    assert set(drawn.splits_ready().train.x.unique().tolist()) == {100}  # what training draws from is still grey
+
+
 def test_threshold_is_at_one_half():
     data = module(binarize="threshold")
     assert data.scale(torch.tensor([127, 128], dtype=torch.uint8)).tolist() == [0.0, 1.0]

@@ -26,6 +26,26 @@ def test_the_exact_linear_vae_is_steered_to_the_exact_point(method):
     assert (found["trace"]["weight"] is None) == (method == "capacity20")
 
 
+def test_a_linear_vae_that_has_not_converged_says_so_and_by_how_many_nats(caplog):
+    there = experiment.steer(VALUES, SMALL, "fixed", {"beta": 20.0})
+    assert 0 <= there["nats_above_optimum"] < experiment.CONVERGED
+    assert not caplog.records
+    short = experiment.steer(VALUES, {**SMALL, "steps": 150}, "fixed", {"beta": 0.1})
+    best = optimum(torch.tensor(VALUES, dtype=torch.float64), 6, 0.1, beta=0.1)
+    above = short["distortion"] + 0.1 * short["rate"] - best.distortion - 0.1 * best.rate
+    assert short["nats_above_optimum"] == pytest.approx(above)
+    assert above > experiment.CONVERGED
+    assert f"beta = 0.1 has not converged in 150 steps: distortion + beta rate is {above:.2f} nats" in caplog.text
+
+
+def test_the_table_marks_a_weight_whose_run_has_not_converged():
+    results = made_up()
+    results["linear"]["runs"]["fixed-3"]["distortion"] += 0.7
+    rows = {row[0]: row[2] for row in experiment.table(results).rows}
+    assert rows["linear: fixed beta = 3"].endswith("(not converged: 0.70 nats above the optimum)")
+    assert "converged" not in rows["linear: fixed beta = 10"]
+
+
 def test_free_bits_hold_every_latent_of_the_linear_vae_at_the_floor():
     found = experiment.steer(VALUES, SMALL, "free_bits", TARGET)
     assert min(found["kl"]) >= 0.45
@@ -111,7 +131,7 @@ def made_up() -> dict:
 def test_made_up_results_pass_every_claim_and_fill_table_and_figure():
     missed = [claim for claim in experiment.claims(made_up()) if not claim.holds]
     assert not missed
-    assert len(experiment.table(made_up()).rows) == 5 + 4 + 3 + len(experiment.MLP["gammas"]) + 4
+    assert len(experiment.table(made_up()).rows) == 1 + 5 + 4 + 3 + len(experiment.MLP["gammas"]) + 4
     assert len(experiment.figure(made_up()).axes) == 6
 
 

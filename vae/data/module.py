@@ -127,10 +127,11 @@ class ImageDataModule(pl.LightningDataModule):
     """A data set's three splits as a LightningDataModule.
 
     source: called without arguments, returns `Splits`. binarize: `none` (pixels / 255), `threshold` (pixel >= 128),
-    `static` (one Bernoulli draw an image, fixed by `split_seed`) or `dynamic` (a fresh draw each training batch; validation
-    and test keep one seeded draw, so that every run is measured on the same pixels). seed: of the training order and
-    draws. limit: keep only the first so many images of each split. labelled: keep the labels of so many training images,
-    equally many a class, and set the others to -1. Raises VAEError for an unknown option or a batch larger than the split.
+    `static` (one Bernoulli draw per image, fixed by `split_seed`) or `dynamic` (a fresh draw each training batch; whatever
+    is measured, training images too, has one seeded draw, so that every run is measured on the same pixels). seed: of the
+    training order and draws. limit: keep only the first so many images of each split. labelled: train with the labels of
+    so many training images, equally many a class, and -1 for the others; what is measured has them all. Raises VAEError for
+    an unknown option or a batch larger than the split.
     """
 
     def __init__(
@@ -154,6 +155,8 @@ class ImageDataModule(pl.LightningDataModule):
         self.binarize, self.seed, self.split_seed = binarize, seed, split_seed
         self.num_workers, self.limit, self.labelled = num_workers, limit, labelled
         self.splits: Splits | None = None
+        self._train_measured: Images | None = None
+        self._train_labels: Tensor | None = None  # before some were withheld
         self.changed_factors: int | str | None = None  # of partners, where an objective asked for them
         self.labelled_per_batch = 0
         self.test_split = "test"  # `vae.evaluate` may point it at another split
@@ -169,6 +172,7 @@ class ImageDataModule(pl.LightningDataModule):
                 f"data.batch_size={self.batch_size} is larger than the training split, which has {len(splits.train)} images."
             )
         if self.labelled is not None:
+            self._train_labels = getattr(splits.train, "y", None)
             splits = splits._replace(train=partly_labelled(splits.train, self.labelled, self.split_seed))
         draw_once = {"static": (True, True, True), "dynamic": (False, True, True)}.get(self.binarize, (False,) * 3)
         self.splits = Splits(
@@ -182,6 +186,20 @@ class ImageDataModule(pl.LightningDataModule):
         """The three splits, loaded on first use."""
         self.setup()
         return self.splits
+
+    def measured(self, split: str) -> ImageSet:
+        """A split's images as they are measured: the training images too have one draw of their pixels (under
+        binarize=dynamic that on which binarize=static would train), and the labels that training did not see."""
+        images = getattr(self.splits_ready(), split)
+        if split != "train" or (self.binarize != "dynamic" and self.labelled is None):
+            return images
+        if self._train_measured is None:
+            if self.binarize == "dynamic":
+                images = binarized_once(images, derive(self.split_seed, "binarize", "train"))
+            if self.labelled is not None:
+                images = Images(images.x, self._train_labels)
+            self._train_measured = images
+        return self._train_measured
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -244,7 +262,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self.prepare(batch, training=self.trainer.training)
 
     def _loader(self, split: str, shuffle: bool, batch_size: int) -> BatchLoader:
-        images = getattr(self.splits_ready(), split)
+        images = getattr(self.splits_ready(), split) if shuffle else self.measured(split)
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         # Evaluation noise follows from the split alone: every run and every method meets the same draws.
@@ -270,8 +288,8 @@ class ImageDataModule(pl.LightningDataModule):
         return (self.prepare(batch, training=False) for batch in self._loader(split, False, self.eval_batch_size))
 
     def examples(self, split: str, n: int) -> Batch:
-        """The first n prepared images of a split, for pictures; as evaluation sees them."""
-        images = getattr(self.splits_ready(), split)
+        """The first n prepared images of a split, as evaluation sees them."""
+        images = self.measured(split)
         x, y = images.gather(torch.arange(min(n, len(images))))
         return self.prepare(Batch(x, y, derive(self.split_seed, "examples")), training=False)
 

@@ -22,10 +22,11 @@ from vae.priors import Prior
 @dataclass(frozen=True)
 class ImageFacts:
     """What a model's size follows from. image_shape: (C, H, W); num_classes: of the labels that encoder and decoder are
-    given, 0 where they are given none."""
+    given, 0 where they are given none; latent_label: whether the label is a latent variable too."""
 
     image_shape: tuple[int, int, int]
     num_classes: int = 0
+    latent_label: bool = False
 
 
 def assemble(
@@ -59,7 +60,7 @@ def assemble(
     prior.setup(encoder, images)
     if prior.latent_dim != latent_dim:
         decoder = BottomDecoder(decoder, latent_dim)
-    return VAE(encoder, decoder, prior, likelihood, facts.num_classes, family)
+    return VAE(encoder, decoder, prior, likelihood, facts.num_classes, family, facts.latent_label)
 
 
 def make_trusted(node: Mapping[str, Any], trust: bool = False) -> Any:

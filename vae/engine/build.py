@@ -41,7 +41,7 @@ def build_data(config: DictConfig) -> ImageDataModule:
 
 def image_facts(data: ImageDataModule, objective: Objective) -> ImageFacts:
     """What the size of a model trained on this data by this objective follows from."""
-    return ImageFacts(data.image_shape, data.num_classes if objective.conditional else 0)
+    return ImageFacts(data.image_shape, data.num_classes if objective.conditional else 0, objective.latent_label)
 
 
 def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:

@@ -141,7 +141,7 @@ def facts(config: DictConfig, data: ImageDataModule, module: VAEModule, override
     """What later commands need to know of a run and would otherwise have to guess: facts.json.
 
     data: the name of the data set; image_shape: (C, H, W); num_classes: of the labels that the model is given, 0 for none;
-    likelihood: its class; discrete: whether it is a mass, not a density, so that likelihoods of both never compare; set: the
+    latent_label: whether the label is a latent variable too; likelihood: its class; discrete: whether it is a mass, not a density, so that likelihoods of both never compare; set: the
     settings that the command line set; vae: this package's version.
     """
     source = str(config.data.source._target_ if "source" in config.data else config.data._target_)
@@ -149,6 +149,7 @@ def facts(config: DictConfig, data: ImageDataModule, module: VAEModule, override
         "data": source.rsplit(".", 1)[-1],
         "image_shape": list(data.image_shape),
         "num_classes": module.vae.num_classes,
+        "latent_label": module.vae.latent_label,
         "likelihood": type(module.vae.likelihood).__name__,
         "discrete": module.vae.likelihood.discrete,
         "set": [override.partition("=")[0].lstrip("+~") for override in overrides],

@@ -182,7 +182,7 @@ def _facts(path: Path, run: LoadedRun) -> ImageFacts:
     if (path / "facts.json").is_file():
         try:
             stored: Mapping[str, Any] = json.loads((path / "facts.json").read_text())
-            return ImageFacts(tuple(stored["image_shape"]), stored["num_classes"])
+            return ImageFacts(tuple(stored["image_shape"]), stored["num_classes"], stored["latent_label"])
         except (ValueError, KeyError, TypeError) as error:
             raise VAEError(f"{path / 'facts.json'} is damaged.") from error
     from vae.engine.build import image_facts, instantiate

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from vae.data.images import Batch
+from vae.data.module import BatchLoader
 from vae.errors import VAEError
-from vae.evaluation.likelihood import ELBOTotals, bits_per_dim, log_likelihood
+from vae.evaluation.likelihood import ELBOTotals, bits_per_dim, check_samples, nll, parts_of
+from vae.evaluation.work import Work, no_tick
 from vae.model import VAE
 from vae.objectives.elbo import Objective, SinglePass
 from vae.seeding import generator
@@ -24,7 +26,8 @@ class VAEModule(pl.LightningModule):
     optimizer: parameters -> Optimizer; lr_schedule: optimizer -> scheduler, stepped each epoch. Every draw follows from
     the batch's seed. Terms are summed on the device and their mean is logged every `log_every_n_steps`; validation
     and test report `elbo`, `rate`, `distortion`, `bits_per_dim` and `active_units`, the test also `nll_iwK`
-    with K = `nll_samples`. Raises VAEError as soon as a loss that is not finite is noticed.
+    with K = `nll_samples`. Of a model that sums its label out these are of p(x), and `elbo_given_label` and so on of p(x|y).
+    Raises VAEError as soon as a loss that is not finite is noticed.
     """
 
     def __init__(
@@ -38,7 +41,8 @@ class VAEModule(pl.LightningModule):
         super().__init__()
         self.vae, self.objective = vae, objective
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
-        self.nll_samples = nll_samples
+        self.nll_samples = check_samples(nll_samples)
+        self.progress_bar = False  # of the test's bound, which may be long
         self.logged = False  # anything, by this module or a callback, since the loop last looked
         self.steps = 0  # batches trained on; unlike Lightning's counter, one a batch whatever the optimisers do
         self.kl_per_dimension: Tensor | None = None  # of the last validation, for pictures
@@ -140,7 +144,12 @@ class VAEModule(pl.LightningModule):
 
     def _measured(self) -> dict[str, Any]:
         """The objective's own terms, and over them what is measured alike for every objective."""
-        return {**self._terms.compute(), **self._totals.compute()}
+        terms, totals = self._terms.compute(), self._totals.compute()
+        if self.vae.latent_label:  # of p(x) are the objective's; one pass with the true label tells of p(x|y)
+            terms["bits_per_dim"] = bits_per_dim(terms["elbo"], self._totals.pixels)
+            for name in ("elbo", "distortion", "rate", "bits_per_dim"):
+                totals[f"{name}_given_label"] = totals.pop(name)
+        return {**terms, **totals}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._measure(batch)
@@ -157,14 +166,26 @@ class VAEModule(pl.LightningModule):
     def on_test_epoch_start(self) -> None:
         self._totals, self._terms = ELBOTotals(), Means()
         self._log_likelihood = Means()
+        self._work = Work(f"nll_iw{self.nll_samples}", self.progress_bar, longest=math.inf)
+        self._work.expect(self.nll_steps(self.trainer.test_dataloaders))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._measure(batch)
         if self.nll_samples:
-            nll = -log_likelihood(self.vae, batch, self.nll_samples)
-            self._log_likelihood.add({f"nll_iw{self.nll_samples}": nll.double().mean()}, weight=len(batch.x))
+            self._log_likelihood.add(self.mean_nll(batch, self._work), weight=len(batch.x))
+
+    def mean_nll(self, batch: Batch, tick: Callable[[], None] = no_tick) -> dict[str, Tensor]:
+        """Means over a prepared batch of what `nll` gives, in nats, float64, 0-dim."""
+        values = nll(self.vae, batch, self.nll_samples, tick)
+        return {name: value.double().mean() for name, value in values.items()}
+
+    def nll_steps(self, loader: BatchLoader) -> int:
+        """How often `mean_nll` ticks over a loader, to within a batch."""
+        labels = self.vae.num_classes if self.vae.latent_label else 1
+        return labels * len(loader) * len(parts_of(self.nll_samples, loader.sampler.batch_size))
 
     def on_test_epoch_end(self) -> None:
+        self._work.close()
         metrics = {**self._measured(), **self._log_likelihood.compute()}
         self.log_dict({f"test/{name}": value for name, value in metrics.items()})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from vae.engine.folder import (
     read_status,
     without_data_root,
 )
-from vae.engine.module import VAEModule
+from vae.engine.module import Means, VAEModule
 from vae.engine.trainer import build_trainer, keep_last_under_feedback, set_threads
 from vae.errors import VAEError
-from vae.evaluation.measures import MEASURES
+from vae.evaluation.measures import MEASURES, check_options
+from vae.evaluation.work import Work
 from vae.files import is_disk_full, write_json, write_text
+from vae.objectives.labels import require_labels
 
 
 def train(
@@ -98,6 +101,7 @@ def _fit_and_test(
 ) -> tuple[dict[str, float], int]:
     data, module = build(config)
     write_json(folder / "facts.json", facts(config, data, module, overrides))
+    module.progress_bar = progress_bar
     trainer = build_trainer(config, folder, tuple(overrides), progress_bar)
     if trainer.max_epochs == 0:
         raise VAEError("trainer.max_epochs=0 leaves nothing to train: ask for at least 1.")
@@ -148,31 +152,79 @@ def load(folder: Path, **changes: Any) -> tuple[DictConfig, ImageDataModule, VAE
 
 def evaluate(folder: Path, split: str = "test", **changes: Any) -> dict[str, float]:
     """The metrics of a finished run, recomputed from its best checkpoint; equal to those that training wrote."""
+    _check_split(split)
+    return {name: value for part in _likelihood(*load(folder, **changes), split) for name, value in part.items()}
+
+
+def _check_split(split: str) -> None:
     if split not in Splits._fields:
         raise VAEError(f"split={split!r} is unknown: choose train, val or test.")
-    config, data, module = load(folder, **changes)
-    trainer = build_trainer(config)
+
+
+def _likelihood(
+    config: DictConfig, data: ImageDataModule, module: VAEModule, split: str, progress_bar: bool = False
+) -> Iterator[dict[str, float]]:
+    """What `evaluate` returns, what is quick first: the ELBO and what goes with it, then the importance-weighted bound."""
+    require_labels(module.vae, data, split)
+    trainer, samples, module.nll_samples = build_trainer(config), module.nll_samples, 0
     data.test_split = split
     trainer.test(module, data, verbose=False)
-    return {f"{split}/{name.split('/', 1)[1]}": float(value) for name, value in trainer.callback_metrics.items()}
+    yield {f"{split}/{name.split('/', 1)[1]}": float(value) for name, value in trainer.callback_metrics.items()}
+    if not samples:
+        return
+    device, before, totals, module.nll_samples = trainer.strategy.root_device, module.device, Means(), samples
+    module.to(device)
+    loader = data.test_dataloader()
+    with Work(f"nll_samples={samples}", progress_bar) as work:
+        work.expect(module.nll_steps(loader))
+        for loaded in loader:
+            batch = data.prepare(data.transfer_batch_to_device(loaded, device, 0), training=False)
+            totals.add(module.mean_nll(batch, work), weight=len(batch.x))
+    module.to(before)
+    yield {f"{split}/{name}": float(value) for name, value in totals.compute().items()}
 
 
 def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -> dict[str, float]:
     """The measures that `options["measures"]` names, each with its own entry of `options` as keyword arguments.
 
-    Kept in evaluation-SPLIT.json, beside what earlier calls measured. Raises VAEError for a measure that does not exist.
+    Each is kept in evaluation-SPLIT.json as soon as it is there, beside what earlier calls measured: an interruption, or a
+    measure that makes no sense for the model or the data, costs none of the others. Raises VAEError that says which those
+    are, and for a measure or an option that does not exist.
     """
-    known = {"likelihood": None, **MEASURES}
-    if unknown := [name for name in options["measures"] if name not in known]:
+    names, known = options["measures"], ("likelihood", *MEASURES)
+    names = [names] if isinstance(names, str) else names
+    if unknown := [name for name in names if name not in known]:
         raise VAEError(f"measures={unknown} is unknown: choose from {', '.join(known)}.")
-    results = {}
-    if "likelihood" in options["measures"]:
-        results |= evaluate(folder, split, **changes)
-    if others := [name for name in options["measures"] if name != "likelihood"]:
-        _, data, module = load(folder, **changes)
-        for name in others:
-            found = MEASURES[name](module.vae, data, split, **options[name])
-            results |= {f"{split}/{name}/{key}": value for key, value in found.items()}
-    path = folder / f"evaluation-{split}.json"
-    write_json(path, {**read_json(path), **results})
+    _check_split(split)
+    for name in names:
+        check_options(name, options.get(name, {}))
+    run, path = load(folder, **changes), folder / f"evaluation-{split}.json"
+    results: dict[str, float] = {}
+    refused = []
+    for name in names:
+        try:
+            for part in _measured(name, *run, split, options):
+                results |= part
+                write_json(path, {**read_json(path), **part})
+        except VAEError as error:
+            refused.append(str(error))
+        except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes the second of the first
+            kept = f"what was measured before is in {path}" if results else "nothing was measured"
+            raise VAEError(f"Interrupted while measuring {name}: {kept}.") from error
+    if refused:
+        raise VAEError(" ".join(refused) + (f" What else was asked for is in {path}." if results else ""))
     return results
+
+
+def _measured(
+    name: str, config: DictConfig, data: ImageDataModule, module: VAEModule, split: str, options: dict[str, Any]
+) -> Iterator[dict[str, float]]:
+    """The parts of one measure, as they are finished."""
+    show = options.get("progress_bar", False)
+    if name == "likelihood":
+        yield from _likelihood(config, data, module, split, show)
+        return
+    require_labels(module.vae, data, split)
+    with Work(name, show) as work:
+        found = MEASURES[name](module.vae, data, split, work, **options.get(name, {}))
+    yield {f"{split}/{name}/{key}": value for key, value in found.items()}

@@ -9,6 +9,7 @@ known; chains walked back from it give an unbiased estimate of 1 / p(x), hence a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from vae.data.images import Batch
 from vae.errors import VAEError
+from vae.evaluation.likelihood import by_label
+from vae.evaluation.work import no_tick
 from vae.model import VAE
 from vae.seeding import generator
 
@@ -91,16 +94,28 @@ def hmc(
     return Chains(*kept), probability
 
 
+def tuning_temperatures(temperatures: int) -> int:
+    """Of the annealing run that step sizes come from: a tenth as many, at least 100."""
+    return max(100, temperatures // 10)
+
+
 def tuned_steps(
-    vae: VAE, x: Tensor, y: Tensor | None, betas: Tensor, chains: int, leapfrogs: int, noise: torch.Generator
+    vae: VAE,
+    x: Tensor,
+    y: Tensor | None,
+    betas: Tensor,
+    chains: int,
+    leapfrogs: int,
+    noise: torch.Generator,
+    tick: Callable[[], None] = no_tick,
 ) -> Tensor:
     """A step size for each temperature and image, (T + 1, B), from a shorter annealing run of its own.
 
     There the step of each image follows the mean acceptance of its chains towards TARGET_ACCEPTANCE. The run that
     is weighed takes these as given: adapting along the way would make a chain's moves depend on its past, and its weight
-    biased. A tenth as many temperatures, at least 100.
+    biased.
     """
-    tuning = sigmoid_schedule(max(100, (len(betas) - 1) // 10)).tolist()
+    tuning = sigmoid_schedule(tuning_temperatures(len(betas) - 1)).tolist()
     state = chains_at(vae, x, y, _draw_prior(vae, chains, len(x), noise))
     log_step = torch.full((len(x),), math.log(FIRST_STEP), device=x.device, dtype=x.dtype)
     found = [log_step]
@@ -108,6 +123,7 @@ def tuned_steps(
         state, acceptance = hmc(vae, x, y, state, beta, log_step.exp(), leapfrogs, noise)
         log_step = log_step + ADAPTATION_RATE * (acceptance.mean(0) - TARGET_ACCEPTANCE)
         found.append(log_step)
+        tick()
     nearest = torch.searchsorted(torch.tensor(tuning, dtype=betas.dtype), betas).clamp(max=len(tuning) - 1)
     return torch.stack(found)[nearest.to(x.device)].exp()
 
@@ -121,6 +137,7 @@ def anneal(
     steps: Tensor,
     leapfrogs: int,
     noise: torch.Generator,
+    tick: Callable[[], None] = no_tick,
 ) -> tuple[Tensor, Tensor]:
     """Walk chains z (C, B, D), exact draws at betas[0], to betas[-1]: log weights (C, B), mean acceptance (B,).
 
@@ -136,6 +153,7 @@ def anneal(
         if t < len(betas) - 1:
             state, probability = hmc(vae, x, y, state, betas[t], steps[t], leapfrogs, noise)
             acceptance += probability.mean(0)
+        tick()
     return log_w, acceptance / max(1, len(betas) - 2)
 
 
@@ -151,8 +169,11 @@ def log_likelihood_ais(
     chains: int = 16,
     leapfrogs: int = 10,
     max_decodes: int = 20_000,
+    tick: Callable[[], None] = no_tick,
 ) -> Tensor:
     """A stochastic lower bound on log p(x) of each image, (B,), float64, in nats; it tightens with `temperatures`.
+
+    Of a model that is given labels, on log p(x|y).
 
     Any prior, posterior and likelihood: only p(z) and p(x|z) are used, and they must be differentiable in z. Cost: about
     1.1 * temperatures * leapfrogs passes of the decoder and back for each of `chains`; `max_decodes` bounds memory.
@@ -161,9 +182,9 @@ def log_likelihood_ais(
     noise = generator(batch.seed, "ais", device=batch.x.device)
     bounds = []
     for part in _parts(batch, chains, max_decodes):
-        steps = tuned_steps(vae, part.x, part.y, betas, chains, leapfrogs, noise)
+        steps = tuned_steps(vae, part.x, part.y, betas, chains, leapfrogs, noise, tick)
         z = _draw_prior(vae, chains, len(part.x), noise)
-        log_w, _ = anneal(vae, part.x, part.y, z, betas, steps, leapfrogs, noise)
+        log_w, _ = anneal(vae, part.x, part.y, z, betas, steps, leapfrogs, noise, tick)
         bounds.append(log_w.logsumexp(0) - math.log(chains))
     return torch.cat(bounds)
 
@@ -174,12 +195,32 @@ def _parts(batch: Batch, chains: int, max_decodes: int) -> list[Batch]:
     return [batch._replace(x=x, y=y) for x, y in zip(batch.x.split(size), ys, strict=False)]
 
 
+def ticks(images: int, temperatures: int, chains: int, walks: int = 1, max_decodes: int = 20_000) -> int:
+    """How often AIS ticks that walks its chains so many times: 1 in `log_likelihood_ais`, 2 in `sandwich`."""
+    parts = math.ceil(images / max(1, max_decodes // chains))
+    return parts * (tuning_temperatures(temperatures) + walks * temperatures)
+
+
 def nll_ais(
-    vae: VAE, batch: Batch, temperatures: int = 1000, chains: int = 16, leapfrogs: int = 10
+    vae: VAE,
+    batch: Batch,
+    temperatures: int = 1000,
+    chains: int = 16,
+    leapfrogs: int = 10,
+    tick: Callable[[], None] = no_tick,
 ) -> dict[str, float]:
-    """nll_aisT: -log p(x) by AIS with T temperatures, nats an image, with half its 95% interval over images."""
-    bound = log_likelihood_ais(vae, batch, temperatures, chains, leapfrogs)
-    return {f"nll_ais{temperatures}": -bound.mean().item(), f"nll_ais{temperatures}_ci95": half_interval(bound)}
+    """nll_aisT: -log p(x) by AIS with T temperatures, nats per image, with half its 95% interval over images.
+
+    Names are those of `by_label`: where the model sums its label out, AIS is run with every label in turn.
+    """
+    found = by_label(
+        lambda batch: log_likelihood_ais(vae, batch, temperatures, chains, leapfrogs, tick=tick), vae, batch
+    )
+    metrics = {}
+    for given, bound in found.items():
+        name = f"nll_ais{temperatures}{given}"
+        metrics |= {name: -bound.mean().item(), f"{name}_ci95": half_interval(bound)}
+    return metrics
 
 
 class Sandwich(NamedTuple):
@@ -200,6 +241,7 @@ def sandwich(
     leapfrogs: int = 10,
     max_decodes: int = 20_000,
     y: Tensor | None = None,
+    tick: Callable[[], None] = no_tick,
 ) -> Sandwich:
     """AIS forwards and backwards on n images drawn from the model: lower <= log p(x) <= upper, each in expectation.
 
@@ -213,21 +255,31 @@ def sandwich(
     lower, upper = [], []
     parts = _parts(Batch(x, y, seed), chains, max_decodes)
     for part, start in zip(parts, z.split(max(1, max_decodes // chains)), strict=True):
-        steps = tuned_steps(vae, part.x, part.y, betas, chains, leapfrogs, noise)
+        steps = tuned_steps(vae, part.x, part.y, betas, chains, leapfrogs, noise, tick)
         first = _draw_prior(vae, chains, len(part.x), noise)
-        forward, _ = anneal(vae, part.x, part.y, first, betas, steps, leapfrogs, noise)
+        forward, _ = anneal(vae, part.x, part.y, first, betas, steps, leapfrogs, noise, tick)
         lower.append(forward.logsumexp(0) - math.log(chains))
         last = start.expand(chains, -1, -1)
-        backward, _ = anneal(vae, part.x, part.y, last, betas.flip(0), steps.flip(0), leapfrogs, noise)
+        backward, _ = anneal(vae, part.x, part.y, last, betas.flip(0), steps.flip(0), leapfrogs, noise, tick)
         upper.append(math.log(chains) - backward.logsumexp(0))
     return Sandwich(x, torch.cat(lower), torch.cat(upper))
 
 
 def bdmc(
-    vae: VAE, n: int, seed: int, temperatures: int = 1000, chains: int = 16, leapfrogs: int = 10
+    vae: VAE,
+    n: int,
+    seed: int,
+    temperatures: int = 1000,
+    chains: int = 16,
+    leapfrogs: int = 10,
+    y: Tensor | None = None,
+    tick: Callable[[], None] = no_tick,
 ) -> dict[str, float]:
-    """Mean bounds over n simulated images, and their gap: how far AIS can be off at T temperatures (T in the keys)."""
-    both = sandwich(vae, n, seed, temperatures, chains, leapfrogs)
+    """Mean bounds over n simulated images, and their gap: how far AIS can be off at T temperatures (T in the keys).
+
+    y: their labels, (n,), for a conditional model; the bounds are then on log p(x|y).
+    """
+    both = sandwich(vae, n, seed, temperatures, chains, leapfrogs, y=y, tick=tick)
     gap = both.upper - both.lower
     return {
         f"simulated_log_likelihood_lower_ais{temperatures}": both.lower.mean().item(),

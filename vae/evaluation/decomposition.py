@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vae.errors import VAEError
+from vae.evaluation.work import no_tick
 from vae.gaussian import DiagonalGaussian, gaussian_log_prob
 from vae.model import VAE
 from vae.priors import StandardNormal
@@ -18,9 +20,22 @@ if TYPE_CHECKING:
     from vae.data.images import Batch
 
 
+MAX_ELEMENTS = 2**24  # densities held at a time
+
+
+def rows_at_a_time(numbers: int, max_elements: int = MAX_ELEMENTS) -> int:
+    """How many z are compared with all posteriors together, which have so many means: images times latents."""
+    return max(1, max_elements // numbers)
+
+
 @torch.no_grad()
 def elbo_decomposition(
-    vae: VAE, batch: Batch, draws: int | None = None, images_at_a_time: int = 500, max_elements: int = 2**24
+    vae: VAE,
+    batch: Batch,
+    draws: int | None = None,
+    images_at_a_time: int = 500,
+    max_elements: int = MAX_ELEMENTS,
+    tick: Callable[[], None] = no_tick,
 ) -> dict[str, float]:
     """The ELBO's parts in nats an image, over the N images of `batch`; N is in the keys, for the terms depend on it.
 
@@ -47,7 +62,7 @@ def elbo_decomposition(
     q = DiagonalGaussian(*(torch.cat(parts) for parts in zip(*posteriors, strict=True)))
     z, distortion, rate = (torch.cat(parts)[:draws] for parts in (zs, distortions, rates))
 
-    log_q_of_z, log_q_of_each = aggregate_log_prob(z, q, max_elements)
+    log_q_of_z, log_q_of_each = aggregate_log_prob(z, q, max_elements, tick)
     log_q = DiagonalGaussian(q.mean[:draws], q.log_var[:draws]).log_prob(z)
     log_p = vae.prior.log_prob(z)
     terms = {
@@ -63,15 +78,18 @@ def elbo_decomposition(
     return {name: value.double().mean().item() for name, value in terms.items()}
 
 
-def aggregate_log_prob(z: Tensor, q: DiagonalGaussian, max_elements: int = 2**24) -> tuple[Tensor, Tensor]:
+def aggregate_log_prob(
+    z: Tensor, q: DiagonalGaussian, max_elements: int = MAX_ELEMENTS, tick: Callable[[], None] = no_tick
+) -> tuple[Tensor, Tensor]:
     """log q(z) and log q(z_j) of the equally weighted mixture of N Gaussians, in nats.
 
     Shapes: z (M, D), q (N, D) -> (M,), (M, D).
     """
     joint, marginals = [], []
-    for part in z.split(max(1, max_elements // q.mean.numel())):
+    for part in z.split(rows_at_a_time(q.mean.numel(), max_elements)):
         pairs = gaussian_log_prob(part.unsqueeze(1), q.mean, q.log_var)  # (m, N, D)
         joint.append(pairs.sum(-1).logsumexp(1))
         marginals.append(pairs.logsumexp(1))
+        tick()
     log_n = math.log(len(q.mean))
     return torch.cat(joint) - log_n, torch.cat(marginals) - log_n

@@ -6,6 +6,7 @@ L[q*] - L[q], what the encoder loses against the best q* of its family for each 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,12 +14,16 @@ from torch import Tensor
 
 from vae.errors import VAEError
 from vae.evaluation.ais import half_interval
+from vae.evaluation.work import no_tick
 from vae.gaussian import DiagonalGaussian
 from vae.model import VAE, Posterior
 from vae.seeding import generator
 
 if TYPE_CHECKING:
     from vae.data.images import Batch
+
+
+LOCAL_STEPS = 1000  # of the search for each image's best q
 
 
 class Gaps(NamedTuple):
@@ -60,13 +65,14 @@ def inference_gaps(
     vae: VAE,
     batch: Batch,
     log_likelihood: Tensor,
-    steps: int = 1000,
+    steps: int = LOCAL_STEPS,
     samples: int = 20,
     learning_rate: float = 0.02,
     elbo_samples: int = 1000,
     max_decodes: int = 20_000,
+    tick: Callable[[], None] = no_tick,
 ) -> Gaps:
-    """The gaps of each image of `batch`.
+    """The gaps of each image of `batch`, given its label if the model is. `tick` is called at each of the `steps`.
 
     log_likelihood: log p(x), (B,), as well as it is known, such as `log_likelihood_ais`, or `log_likelihood` with K of
     some thousands; its own error goes into the approximation gap. q* is found for each image by `steps` of Adam on the
@@ -86,7 +92,7 @@ def inference_gaps(
         with torch.no_grad():
             start = vae.encoder(x, y) if vae.num_classes else vae.encoder(x)
         best = optimise_locally(
-            vae, x, y, start, steps, samples, learning_rate, generator(batch.seed, "local", i, device=x.device)
+            vae, x, y, start, steps, samples, learning_rate, generator(batch.seed, "local", i, device=x.device), tick
         )
         for found, parameters in ((local, best), (amortised, start)):
             noise = generator(batch.seed, "gaps", i, device=x.device)  # the same for both
@@ -104,6 +110,7 @@ def optimise_locally(
     samples: int,
     learning_rate: float,
     noise: torch.Generator,
+    tick: Callable[[], None] = no_tick,
 ) -> Tensor:
     """The posterior's parameters (B, ...) that maximise each image's own ELBO. Adam is elementwise, so images don't mix."""
     parameters = start.clone().requires_grad_()
@@ -116,6 +123,7 @@ def optimise_locally(
         (parameters.grad,) = torch.autograd.grad(-log_w.mean(0).sum(), parameters)
         optimizer.step()
         schedule.step()
+        tick()
     return parameters.detach()
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vae.errors import VAEError
+from vae.evaluation.work import no_tick
 from vae.model import VAE, VAEOutput
 from vae.seeding import generator
 
 if TYPE_CHECKING:
     from vae.data.images import Batch
 
+MOST_SAMPLES = 10_000_000  # of an importance-weighted bound: more would not end, and would change nothing
 ACTIVE_UNIT_THRESHOLD = 1e-2  # Burda et al. 2016, section 5: Cov_x(E_q[z|x]) > 10^-2
 
 
@@ -63,17 +67,54 @@ class ELBOTotals:
         }
 
 
+def check_samples(samples: int) -> int:
+    """`samples` as it is: K of a bound, or 0 for none. Raises VAEError unless it is a whole number up to MOST_SAMPLES."""
+    if isinstance(samples, bool) or not isinstance(samples, int) or not 0 <= samples <= MOST_SAMPLES:
+        raise VAEError(
+            f"nll_samples={samples} must be a whole number from 0, which leaves the bound out, to {MOST_SAMPLES:,}: more "
+            "would not end."
+        )
+    return samples
+
+
+def parts_of(samples: int, images: int, max_decodes: int = 20_000) -> list[int]:
+    """`samples` draws of z for each of so many images, as many at a time as are decoded together."""
+    step = max(1, min(samples, max_decodes // images))
+    return [min(step, samples - start) for start in range(0, samples, step)]
+
+
 @torch.no_grad()
-def log_likelihood(vae: VAE, batch: Batch, samples: int, max_decodes: int = 20_000) -> Tensor:
+def log_likelihood(
+    vae: VAE, batch: Batch, samples: int, max_decodes: int = 20_000, tick: Callable[[], None] = no_tick
+) -> Tensor:
     """The importance-weighted bound L_K on log p(x) of each image, (B,), in nats, with K = `samples`.
 
     Burda et al. 2016, equation 8: log of the mean of K weights p(x, z) / q(z|x). At most `max_decodes` latent vectors
-    are decoded at a time, so that memory does not grow with K.
+    are decoded at a time, so that memory does not grow with K. Of a model that is given labels, it is of p(x|y).
     """
     noise = generator(batch.seed, "importance", device=batch.x.device)
-    step = max(1, min(samples, max_decodes // len(batch.x)))
     total = None
-    for start in range(0, samples, step):
-        part = vae.log_weights(batch.x, noise, min(step, samples - start), batch.y).logsumexp(0)
+    for draws in parts_of(samples, len(batch.x), max_decodes):
+        part = vae.log_weights(batch.x, noise, draws, batch.y).logsumexp(0)
         total = part if total is None else torch.logaddexp(total, part)
+        tick()
     return total - math.log(samples)
+
+
+def by_label(log_prob: Callable[[Batch], Tensor], vae: VAE, batch: Batch) -> dict[str, Tensor]:
+    """What `log_prob` says of a batch, (B,), under "": log p(x), or log p(x|y) of a model that is given labels.
+
+    Where the model sums its label out, "" is log p(x) = log 1/K sum_y p(x|y), from every label in turn, and log p(x|y) at
+    the true one stands under "_given_label". A lower bound on each log p(x|y) gives one on log p(x).
+    """
+    if not vae.latent_label:
+        return {"": log_prob(batch)}
+    labels = range(vae.num_classes)
+    of_labels = torch.stack([log_prob(batch._replace(y=torch.full_like(batch.y, label))) for label in labels])
+    return {"": of_labels.logsumexp(0) - math.log(len(labels)), "_given_label": of_labels.gather(0, batch.y[None])[0]}
+
+
+def nll(vae: VAE, batch: Batch, samples: int, tick: Callable[[], None] = no_tick) -> dict[str, Tensor]:
+    """nll_iwK, minus the bound of `log_likelihood` with K = `samples`, of each image, (B,), in nats; as in `by_label`."""
+    bounds = by_label(lambda batch: log_likelihood(vae, batch, samples, tick=tick), vae, batch)
+    return {f"nll_iw{samples}{given}": -bound for given, bound in bounds.items()}

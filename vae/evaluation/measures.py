@@ -1,7 +1,13 @@
-"""Every measure of a trained run by name: what `python -m vae.evaluate measures=[...]` computes."""
+"""Every measure of a trained run by name: what `python -m vae.evaluate 'measures=[...]'` computes.
+
+Of a model that is given labels, each is given those of the images that it is measured on. Where the model sums its label
+out (M2), what is of p(x|y) all the same is named `..._given_label`.
+"""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,46 +17,84 @@ import torch
 from vae.data.module import ImageDataModule
 from vae.data.storage import cache_folder
 from vae.errors import VAEError
-from vae.evaluation.ais import bdmc, log_likelihood_ais, nll_ais
-from vae.evaluation.decomposition import elbo_decomposition
+from vae.evaluation.ais import bdmc, log_likelihood_ais, nll_ais, ticks
+from vae.evaluation.decomposition import elbo_decomposition, rows_at_a_time
 from vae.evaluation.disentanglement import Codes, evaluate, floor_and_ceiling
-from vae.evaluation.gaps import inference_gaps
-from vae.evaluation.samples import sample_quality
+from vae.evaluation.gaps import LOCAL_STEPS, inference_gaps
+from vae.evaluation.samples import CLASSIFIER_STEPS, sample_quality
+from vae.evaluation.work import Work
 from vae.gaussian import DiagonalGaussian
 from vae.model import VAE
 from vae.seeding import derive, generator
 
 
-def decomposition(vae: VAE, data: ImageDataModule, split: str, images: int = 10_000) -> dict[str, float]:
+def named(vae: VAE, metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics that were measured with the true labels, named so if the model sums its label out."""
+    return {f"{name}_given_label": value for name, value in metrics.items()} if vae.latent_label else metrics
+
+
+def decomposition(vae: VAE, data: ImageDataModule, split: str, work: Work, images: int = 10_000) -> dict[str, float]:
     """Reconstruction, index-code mutual information, total correlation and dimension-wise KL, in nats."""
-    return elbo_decomposition(vae, data.examples(split, images))
+    batch = data.examples(split, images)
+    work.expect(math.ceil(len(batch.x) / rows_at_a_time(len(batch.x) * vae.latent_dim)))
+    return named(vae, elbo_decomposition(vae, batch, tick=work))
 
 
-def samples(vae: VAE, data: ImageDataModule, split: str, images: int = 5000) -> dict[str, float]:
-    """Frechet distance, precision, recall, density and coverage on a small classifier's features."""
-    return sample_quality(vae, data, images, split, cache=cache_folder() / "classifiers")
+def samples(vae: VAE, data: ImageDataModule, split: str, work: Work, images: int = 5000) -> dict[str, float]:
+    """Frechet distance, precision, recall, density and coverage on a small classifier's features.
+
+    Samples of a model that is given labels have those of the images that they are compared with; where it sums its label
+    out, every label is as likely as another.
+    """
+    batch = data.examples(split, images)
+    y = batch.y if vae.num_classes else None
+    if vae.latent_label:
+        y = torch.randint(vae.num_classes, batch.y.shape, generator=generator(batch.seed, "labels of samples"))
+    work.expect(CLASSIFIER_STEPS)
+    return sample_quality(vae, data, images, split, cache=cache_folder() / "classifiers", y=y, tick=work)
 
 
 def ais(
-    vae: VAE, data: ImageDataModule, split: str, images: int = 100, temperatures: int = 1000, chains: int = 16
+    vae: VAE,
+    data: ImageDataModule,
+    split: str,
+    work: Work,
+    images: int = 100,
+    temperatures: int = 1000,
+    chains: int = 16,
 ) -> dict[str, float]:
     """-log p(x) by annealed importance sampling, and the bidirectional sandwich on as many simulated images, in nats."""
     batch = data.examples(split, images)
-    return nll_ais(vae, batch, temperatures, chains) | bdmc(
-        vae, images, derive(batch.seed, "bdmc"), temperatures, chains
-    )
+    n, labels = len(batch.x), vae.num_classes if vae.latent_label else 1
+    y = batch.y if vae.num_classes else None
+    work.expect(labels * ticks(n, temperatures, chains) + ticks(n, temperatures, chains, walks=2))
+    found = nll_ais(vae, batch, temperatures, chains, tick=work)
+    return found | named(vae, bdmc(vae, n, derive(batch.seed, "bdmc"), temperatures, chains, y=y, tick=work))
 
 
 def gaps(
-    vae: VAE, data: ImageDataModule, split: str, images: int = 100, temperatures: int = 1000, chains: int = 16
+    vae: VAE,
+    data: ImageDataModule,
+    split: str,
+    work: Work,
+    images: int = 100,
+    temperatures: int = 1000,
+    chains: int = 16,
 ) -> dict[str, float]:
     """The inference gap and its two parts, approximation and amortisation, against log p(x) by AIS, in nats."""
     batch = data.examples(split, images)
-    return inference_gaps(vae, batch, log_likelihood_ais(vae, batch, temperatures, chains)).summary()
+    work.expect(ticks(len(batch.x), temperatures, chains) + LOCAL_STEPS)
+    bound = log_likelihood_ais(vae, batch, temperatures, chains, tick=work)
+    return named(vae, inference_gaps(vae, batch, bound, steps=LOCAL_STEPS, tick=work).summary())
 
 
 def disentanglement(
-    vae: VAE, data: ImageDataModule, split: str, images: int = 15_000, metrics: list[str] | None = None
+    vae: VAE,
+    data: ImageDataModule,
+    split: str,
+    work: Work,
+    images: int = 15_000,
+    metrics: list[str] | None = None,
 ) -> dict[str, float]:
     """Scores of the posterior means against the generative factors, each beside its floor and ceiling on this data.
 
@@ -59,14 +103,20 @@ def disentanglement(
     """
     grid = getattr(getattr(data.splits_ready(), split), "grid", None)
     if grid is None:
-        raise VAEError("Disentanglement needs data whose generative factors are known: data=sprites or data=dsprites.")
+        raise VAEError(
+            "measures=disentanglement needs a run on data whose generative factors are known: data=sprites or data=dsprites."
+        )
     metrics = list(metrics or DISENTANGLEMENT)
     index = torch.arange(len(grid))
     if len(grid) > images:
         index = torch.randperm(len(grid), generator=generator("disentanglement", images))[:images]
     codes = encode(vae, data, grid, index)
-    extent = {"exclude": ("shape",)} if "mig_chen" in metrics and "shape" in codes.factor_names else {}
-    scores = evaluate(codes, 0, metrics, **extent)
+    work.expect(len(metrics))
+    scores: dict[str, float] = {}
+    for name in metrics:  # each has a generator of its own, whatever else is asked for
+        extent = {"exclude": ("shape",)} if name == "mig_chen" and "shape" in codes.factor_names else {}
+        scores |= evaluate(codes, 0, [name], **extent)
+        work()
     bounds = floor_and_ceiling(
         codes.factors,
         codes.factor_sizes,
@@ -113,3 +163,16 @@ MEASURES: dict[str, Callable[..., dict[str, float]]] = {
     "gaps": gaps,
     "disentanglement": disentanglement,
 }
+
+#: The options that are numbers: each a whole one, at least 1 and at most this. Images beyond those of a split are not missed.
+MOST = {"images": 10**9, "temperatures": 10**6, "chains": 20_000}
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Raises VAEError for an option that a measure does not have, or a number that makes no sense or could not end."""
+    known = inspect.signature(MEASURES[name]).parameters if name in MEASURES else {}
+    for option, value in options.items():
+        if option not in known:
+            raise VAEError(f"{name}.{option} is unknown.")
+        if option in MOST and (type(value) is not int or not 1 <= value <= MOST[option]):
+            raise VAEError(f"{name}.{option}={value} must be a whole number from 1 to {MOST[option]:,}.")

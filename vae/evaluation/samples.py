@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from vae.data.images import Batch
 from vae.data.module import ImageDataModule
 from vae.errors import VAEError
+from vae.evaluation.work import no_tick
 from vae.files import write_atomically
 from vae.model import VAE
 from vae.seeding import derive, generator
 
 FEATURES = 64
+CLASSIFIER_STEPS = 600
 PRECISION_NEIGHBOURS = 3  # Kynkaanniemi et al. 2019
 COVERAGE_NEIGHBOURS = 5  # Naeem et al. 2020
 MAX_ELEMENTS = 2**24  # of a block of pairwise distances held at a time
@@ -38,6 +40,7 @@ def sample_quality(
     seed: int = 0,
     cache: Path | None = None,
     y: Tensor | None = None,
+    tick: Callable[[], None] = no_tick,
 ) -> dict[str, float]:
     """`compare` of the first n images of a split with as many samples of the model, on the classifier's features.
 
@@ -49,7 +52,7 @@ def sample_quality(
     real = data.examples(split, n).x
     n = len(real)
     train = training_batch(data, 20_000, seed)
-    classifier = trained_classifier(train, seed, cache).to(device)
+    classifier = trained_classifier(train, seed, cache, tick=tick).to(device)
     binary = bool(((real == 0) | (real == 1)).all())
     fake = model_samples(vae, n, generator(seed, "samples", device=device), draw_pixels=binary, y=y)
     features_of = in_parts(classifier.features, device)
@@ -216,8 +219,10 @@ def training_batch(data: ImageDataModule, n: int, seed: int) -> Batch:
     Raises VAEError if the data has no labels.
     """
     train = data.splits_ready().train
-    index = torch.randperm(len(train), generator=generator(seed, "classifier images"))
-    x, y = train.gather(index[:n])
+    index = torch.randperm(len(train), generator=generator(seed, "classifier images"))[:n]
+    x, y = train.gather(index)
+    if data.labelled is not None:
+        _, y = data.measured("train").gather(index)  # what the model's training did not see, a measure may
     if y is None:
         raise VAEError("The features of sample quality come from a classifier, and this data set has no labels.")
     kept = (y if y.ndim == 1 else y[:, 0]) >= 0  # -1 stands for a label that is withheld
@@ -225,7 +230,13 @@ def training_batch(data: ImageDataModule, n: int, seed: int) -> Batch:
 
 
 @torch.enable_grad()
-def trained_classifier(train: Batch, seed: int, cache: Path | None = None, steps: int = 600) -> Classifier:
+def trained_classifier(
+    train: Batch,
+    seed: int,
+    cache: Path | None = None,
+    steps: int = CLASSIFIER_STEPS,
+    tick: Callable[[], None] = no_tick,
+) -> Classifier:
     """A classifier of the batch's images, trained with Adam in `steps` minibatches of 128; the same from the same seed.
 
     cache: a folder in which it is kept, under a name that is a digest of the images, labels, seed and steps.
@@ -252,6 +263,7 @@ def trained_classifier(train: Batch, seed: int, cache: Path | None = None, steps
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        tick()
     if path is not None:
         write_atomically(path, lambda file: torch.save(model.state_dict(), file))
     return model.requires_grad_(False).eval()

@@ -32,6 +32,8 @@ class Objective(nn.Module):
     optimizer_options: dict[str, object] = {}
     #: Whether encoder and decoder are given labels.
     conditional = False
+    #: Whether the model that they make up sums the label out; the terms are then of p(x) outside training.
+    latent_label = False
 
     def __init__(self, beta: float = 1.0, schedule: nn.Module | None = None) -> None:
         super().__init__()
@@ -97,8 +99,8 @@ def require_not_negative(objective: nn.Module, **options: float) -> None:
 
 @torch.no_grad()
 def pass_of_one_image(vae: VAE, data: ImageDataModule) -> VAEOutput:
-    """A training image through the untrained model: what kind of posterior it has, and whether its KL is exact."""
-    batch = data.examples("train", 1)
+    """An image through the untrained model: what kind of posterior it has, and whether its KL is exact."""
+    batch = data.examples("val", 1)
     training = vae.training
     try:
         return vae.eval()(batch.x, generator("pass of one image"), batch.y)

@@ -33,6 +33,7 @@ class CVAE(BetaVAE):
     def setup(self, vae: VAE, data: ImageDataModule) -> None:
         if data.labelled_fraction < 1:
             raise VAEError("CVAE needs the label of every image: leave data.labelled out, or use objective=m2.")
+        require_labels(vae, data, "val", "test")
 
 
 @dataclass
@@ -58,9 +59,13 @@ class M2(Objective):
     labelled_per_batch: so many labelled images join every training batch, or all if there are fewer, since batches
     drawn at random may hold none; each part is a mean, so this changes no weight. The classifier is a dense network on
     pixels. The terms `classification` (cross-entropy, nats) and, outside training, `accuracy` are of labelled images.
+
+    Outside training `elbo`, `rate` and `distortion` are those of p(x), the label summed out; what is measured of p(x|y), with
+    the true label, is reported beside them as `elbo_given_label` and so on. In training they are weighed as the loss is.
     """
 
     conditional = True
+    latent_label = True
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class M2(Objective):
             raise VAEError(
                 "M2 learns from labelled and unlabelled images: set data.labelled to how many keep their label."
             )
+        require_labels(vae, data, "val", "test")
         data.add_labelled(self.labelled_per_batch)
 
     def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
@@ -105,7 +111,8 @@ class M2(Objective):
         classification = _mean(F.cross_entropy(logits[known], y, reduction="none"))
         weight = self.weight(step)
         loss = both.distortion + weight * both.rate + self.alpha * classification
-        terms = self.named_terms(loss, both, classification=classification.detach(), beta=weight)
+        shown = both if self.training else Parts(_mean(unlabelled.distortion), _mean(unlabelled.rate))
+        terms = self.named_terms(loss, shown, classification=classification.detach(), beta=weight)
         return terms if self.training else {**terms, "accuracy": _mean((logits[known].argmax(-1) == y).to(logits))}
 
     def labelled(self, vae: VAE, x: Tensor, y: Tensor, generator: torch.Generator) -> Parts:
@@ -122,6 +129,17 @@ class M2(Objective):
         rate_of_y = kl_categorical(p_logits=logits, q_logits=torch.zeros_like(logits))
         distortion, rate = ((q * value.view(classes)).sum(0) for value in (out.distortion, out.rate))
         return Parts(distortion, rate + rate_of_y)
+
+
+def require_labels(vae: VAE, data: ImageDataModule, *splits: str) -> None:
+    """Raises VAEError if the model is given labels and an image of these splits, as they are measured, has none of its."""
+    for split in splits if vae.num_classes else ():
+        y = getattr(data.measured(split), "y", None)
+        if y is None or y.ndim != 1 or not ((y >= 0) & (y < vae.num_classes)).all():
+            raise VAEError(
+                f"A model that is given labels is measured with them: every image of the {split} split needs one from 0 to "
+                f"{vae.num_classes - 1}."
+            )
 
 
 def _mean(values: Tensor) -> Tensor:
