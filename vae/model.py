@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from vae.gaussian import DiagonalGaussian
+from vae.gaussian import DiagonalGaussian, full_precision
 from vae.seeding import generator as generator_of
 
 
@@ -99,16 +99,16 @@ class VAE(nn.Module):
         return self.prior.latent_dim
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Posterior:
-        """q(z|x) or q(z|x, y); x (B, C, H, W) in [0, 1]."""
+        """q(z|x) or q(z|x, y); x (B, C, H, W) in [0, 1]. Its parameters are float32 however narrow the encoder's are."""
         parameters = self.encoder(x, y) if self.num_classes else self.encoder(x)
-        return self.posterior(parameters)
+        return self.posterior(full_precision(parameters))
 
     @property
     def autoregressive(self) -> bool:
         return getattr(self.decoder, "autoregressive", False)
 
     def decode(self, z: Tensor, y: Tensor | None = None, x: Tensor | None = None) -> Tensor:
-        """The likelihood's parameters, (..., D) -> (..., P, C, H, W); labels y (...) broadcast against z.
+        """The likelihood's parameters, (..., D) -> (..., P, C, H, W), float32 at least; labels y (...) broadcast against z.
 
         x (B, C, H, W), for z (..., B, D): the images that an autoregressive decoder reads; any other is not given them.
         """
@@ -117,7 +117,7 @@ class VAE(nn.Module):
             inputs.append(x)
         if self.num_classes:
             inputs.append(y.expand(z.shape[:-1]).flatten())
-        params = self.decoder(*inputs)
+        params = full_precision(self.decoder(*inputs))
         return params if z.ndim == 2 else params.unflatten(0, z.shape[:-1])
 
     def forward(
