@@ -76,6 +76,27 @@ def test_a_planar_step_is_invertible_however_strong_and_the_identity_at_zero():
         assert nothing(z)[1].abs().max() < 1e-15
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 1e-15, 1e-25])
+def test_a_planar_step_and_its_gradient_stay_exact_in_float32_as_w_goes_to_zero(size):
+    def step(dtype):
+        w = (size * torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0], dtype=torch.float64)).to(dtype).requires_grad_()
+        u, z = (torch.tensor(v, dtype=dtype) for v in ([1.0, 0.3, -1.0, 0.2, 0.7], [1.0, 1.0, -2.0, 0.5, 1.0]))
+        new, log_det = PlanarStep(w, u, torch.ones((), dtype=dtype))(z)
+        gradient = torch.autograd.grad((new * z).sum() + log_det, w)[0]
+        return new.detach(), log_det.detach(), size * gradient  # the direction of w is all that new depends on
+
+    for narrow, wide in zip(step(torch.float32), step(torch.float64), strict=True):
+        torch.testing.assert_close(narrow.double(), wide, rtol=1e-6, atol=1e-6)
+
+
+def test_a_planar_steps_gradient_along_w_is_not_lost_among_those_across_it():
+    # the sum of z' and the log-determinant at u = b = z = 1 and w_i = 1e-5, differentiated with 50 digits
+    w, ones = torch.full((5,), 1e-5, requires_grad=True), torch.ones(5)
+    new, log_det = PlanarStep(w, ones, torch.ones(()))(ones)
+    gradient = torch.autograd.grad(new.sum() + log_det, w)[0]
+    torch.testing.assert_close(gradient, torch.full((5,), 2.0354875), rtol=1e-4, atol=0)
+
+
 def test_made_outputs_depend_on_earlier_latents_and_on_the_context_alone():
     d = 6
     net = randomised(MADE(d, (11, 13), outputs=2, context=3))

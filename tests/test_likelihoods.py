@@ -120,6 +120,17 @@ def test_log_sinhc_series_meets_the_formula_and_its_limits():
     torch.testing.assert_close(log_sinhc(y), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-15)
 
 
+def test_continuous_bernoulli_is_finite_and_exact_up_to_the_largest_logits():
+    y = torch.tensor([1.6e38, 1.8e38, 3.4e38, -3.4e38], requires_grad=True)
+    assert torch.equal(log_sinhc(y), y.detach().abs())  # less log 2y, which is lost in the rounding
+    assert torch.autograd.grad(log_sinhc(y).sum(), y)[0].tolist() == [1, 1, 1, -1]
+    logits = torch.tensor([-1e30, -1e8, -100.0, 100.0, 1e6, 1e8], requires_grad=True)
+    mean = continuous_bernoulli_mean(logits)
+    torch.testing.assert_close(mean, torch.tensor([1e-30, 1e-8, 1e-2, 0.99, 1 - 1e-6, 1.0]), rtol=1e-7, atol=0)
+    slope = torch.autograd.grad(mean.sum(), logits)[0]
+    torch.testing.assert_close(slope, logits.detach().double().square().reciprocal().float(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 1.0])
 def test_gaussians_and_laplace_equal_torch_distributions(sigma):
     params = torch.randn(4, 1, 2, 3, 3, generator=seeded(), dtype=torch.float64)
@@ -174,11 +185,11 @@ def test_optimal_sigma_in_evaluation_is_the_running_training_error_whatever_the_
     params, x = torch.zeros(2, 1, 1, 2, 2).double(), torch.ones(2, 1, 2, 2).double()
     assert likelihood.eval().log_sigma.exp().item() == pytest.approx(0.5)
     likelihood.train()
-    errors = [1.0, 4.0, 9.0, 16.0, 25.0, 36.0]
+    errors = [float(n) ** 2 for n in range(1, 71)]  # the two rules meet at the 61st
     expected, running = [], 0.0
     for n, error in enumerate(errors, start=1):
         likelihood.log_prob(params, x * math.sqrt(error))
-        running += (error - running) / min(n, 4)  # the mean of all so far, then exponential with 1 - decay = 1/4
+        running += (error - running) * max(20 / (n + 19), 0.25)  # the last twentieth, and never more than 4 batches
         expected.append(running)
         assert likelihood.log_sigma.mul(2).exp().item() == pytest.approx(running)
     likelihood.eval()
@@ -187,6 +198,52 @@ def test_optimal_sigma_in_evaluation_is_the_running_training_error_whatever_the_
     torch.testing.assert_close(alone, Gaussian(math.sqrt(running)).double().log_prob(params[:1], x[:1]))
     assert likelihood.log_sigma.mul(2).exp().item() == pytest.approx(running)  # and evaluation has not moved it
     assert set(likelihood.state_dict()) == {"log_sigma", "batches_seen"}
+
+
+def test_optimal_sigma_in_evaluation_follows_errors_that_fall_as_one_over_the_steps():
+    likelihood = OptimalSigmaGaussian().double()
+    for n in range(1, 421):
+        likelihood.log_prob(torch.zeros(1, 1, 1, 1, 1).double(), torch.full((1, 1, 1, 1), n**-0.5).double())
+    lag = likelihood.log_sigma.mul(2).exp().item() * 420 - 1
+    assert lag == pytest.approx(1 / 19, rel=1e-4)  # sum_n w_n / n with the weights of the average, w_n ~ n^19
+    assert 64 * lag**2 / 4 < 0.05  # nats, of an image of 64 pixels
+
+
+def test_a_part_of_a_batch_without_images_leaves_the_optimal_sigma_as_it_is():
+    likelihood = OptimalSigmaGaussian(sigma=0.5)
+    likelihood.log_prob(torch.zeros(2, 1, 1, 2, 2), torch.full((2, 1, 2, 2), 0.25))
+    before = {name: value.clone() for name, value in likelihood.state_dict().items()}
+    assert likelihood.log_prob(torch.zeros(0, 1, 1, 2, 2), torch.zeros(0, 1, 2, 2)).shape == (0,)
+    assert likelihood.state_dict() == before
+    assert likelihood.log_sigma.exp().item() == pytest.approx(0.25)
+
+
+def test_no_error_at_all_is_infinitely_likely_under_the_optimal_sigma_and_finite_under_a_tiny_one():
+    params, x = torch.zeros(2, 1, 1, 2, 2, requires_grad=True), torch.zeros(2, 1, 2, 2)
+    assert OptimalSigmaGaussian().log_prob(params, x).tolist() == [math.inf] * 2
+    for make, constant in ((LearnedSigmaGaussian, 0.5 * math.log(2 * math.pi)), (LearnedScaleLaplace, math.log(2))):
+        likelihood = make(1e-40)
+        log_prob = likelihood.log_prob(params, x)
+        assert log_prob.tolist() == pytest.approx([4 * (40 * math.log(10) - constant)] * 2, rel=1e-5)
+        of_params, of_log_sigma = torch.autograd.grad(log_prob.sum(), (params, likelihood.log_sigma))
+        assert not of_params.any() and of_log_sigma.item() == -8
+
+
+@pytest.mark.parametrize("likelihood", ALL, ids=name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_parameters_give_the_density_of_float32(likelihood, dtype):
+    params = torch.randn(4, likelihood.params_per_pixel, 1, 6, 6, generator=seeded()).to(dtype)
+    x = LEVELS.float()[torch.randint(256, (4, 1, 6, 6), generator=seeded(1))]
+    log_prob = likelihood.log_prob(params, x)
+    assert log_prob.dtype == torch.float32
+    assert torch.equal(log_prob, likelihood.log_prob(params.float(), x))
+
+
+def test_rare_pixels_are_drawn_as_rarely_from_low_precision_parameters():
+    logits = torch.full((200_000, 1, 1, 1, 1), -7.0).bfloat16()  # a uniform number of 8 bits is 0 four times as often
+    rate = torch.sigmoid(torch.tensor(-7.0)).item()
+    drawn = Bernoulli().sample(logits, seeded()).float().mean().item()
+    assert abs(drawn - rate) < 4 * math.sqrt(rate / 200_000)
 
 
 def scipy_log_mass(level, location, scale):

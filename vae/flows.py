@@ -8,6 +8,7 @@ Of the encoder's output, the first 2 D numbers are mean and log-variance of the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.errors import VAEError
-from vae.gaussian import DiagonalGaussian
+from vae.gaussian import DiagonalGaussian, full_precision
 from vae.model import PosteriorFamily
 from vae.networks.autoregressive import MADE
 from vae.networks.base import checked_widths, dense_layers
@@ -77,17 +78,21 @@ class PlanarStep:
 
     Rezende & Mohamed 2015, equations 10 to 12. Invertible since w.u^ > -1 by u^ = u + (m(w.u) - w.u) w / |w|^2 (their
     appendix A.1), here with m(a) = softplus(a + log(e - 1)) - 1 in place of softplus(a) - 1: then m(0) = 0, the step is
-    the identity at u = 0, and nothing blows up as w goes to 0.
+    the identity at u = 0, and u^ stays below 2 |u| as w goes to 0: m(a) - a is then near -a / e.
     """
 
     def __init__(self, w: Tensor, u: Tensor, b: Tensor) -> None:
-        dot = (w * u).sum(-1)
+        # In float64, because the gradient along a small w is what is left of much larger ones across it.
+        wide = w.dtype if w.device.type == "mps" else torch.float64  # which has no float64
+        wide_w = w.to(wide)
+        dot = (wide_w * u.to(wide)).sum(-1)
+        excess = planar_excess(dot)
         self.w, self.b = w, b
-        self.extreme = F.softplus(dot + _LOG_E_MINUS_1)  # 1 + w.u^, the determinant at w.z + b = 0: above 0
-        self.slope = self.extreme - 1
-        square = w.square().sum(-1)
-        correction = (self.slope - dot) / torch.where(square == 0, 1.0, square)
-        self.u = u + correction.unsqueeze(-1) * w
+        self.extreme = F.softplus(dot + _LOG_E_MINUS_1).to(w.dtype)  # 1 + w.u^, the determinant at w.z + b = 0: above 0
+        self.slope = (dot + excess).to(w.dtype)
+        square = wide_w.square().sum(-1)
+        correction = excess / torch.where(square == 0, 1.0, square)
+        self.u = u + (correction.unsqueeze(-1) * wide_w).to(w.dtype)
 
     def _at(self, projection: Tensor) -> tuple[Tensor, Tensor]:
         """tanh(w.z + b) and the log-determinant, given w.z."""
@@ -118,6 +123,16 @@ class PlanarStep:
 
 
 _LOG_E_MINUS_1 = 0.5413248546129181
+
+
+def planar_excess(a: Tensor) -> Tensor:
+    """m(a) - a with m(a) = softplus(a + log(e - 1)) - 1: exact to rounding near 0 too, where it is -a / e. Shape kept.
+
+    log(1 + (e^-a - 1) / e), unless e^-a is large; there nothing cancels in the definition.
+    """
+    left = a < -1
+    near = torch.log1p(torch.expm1(-torch.where(left, 0.0, a)) / math.e)
+    return torch.where(left, F.softplus(a + _LOG_E_MINUS_1) - 1 - a, near)
 
 
 class PlanarFlow(PosteriorFamily):
@@ -155,7 +170,7 @@ class IAFStep:
         return z.flip(-1) if self.flipped else z
 
     def _parameters(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        m, gate = self.net(z, self.context).unbind(-2)
+        m, gate = full_precision(self.net(z, self.context)).unbind(-2)
         return m, gate + 2  # gates start open, as the paper advises
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,7 +244,7 @@ class AffineCoupling(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def _scale_and_shift(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        raw, shift = self.net(kept).chunk(2, -1)
+        raw, shift = full_precision(self.net(kept)).chunk(2, -1)
         moved = 1 - self.kept
         return moved * self.scale * torch.tanh(raw), moved * shift
 

@@ -11,9 +11,27 @@ from torch import Tensor
 LOG_2PI = math.log(2 * math.pi)
 
 
+def full_precision(t: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32, anything wider as it is: what densities and their parameters are computed in."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def scaled_square(difference: Tensor, log_var: Tensor) -> Tensor:
+    """difference^2 exp(-log_var), elementwise, where the exponential overflows and the square underflows too.
+
+    Where a variance is out of the exponential's range, `shift` of it is taken to the difference before that is squared;
+    elsewhere the difference is multiplied by exactly 1. The product does not depend on `shift`, so no gradient passes
+    through that. A difference of 0 gives 0 at every finite log-variance.
+    """
+    limit = 0.9 * math.log(torch.finfo(log_var.dtype).max)  # 80 in float32, 639 in float64
+    shift = log_var.detach().clamp(-limit, limit) - log_var.detach()
+    return (difference * torch.exp((0.5 * shift).clamp(max=limit))).square() * torch.exp(-(log_var + shift))
+
+
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """log N(x; mean, exp(log_var)) of each element, in nats, with its constant."""
-    return -0.5 * (LOG_2PI + log_var + (x - mean).square() * torch.exp(-log_var))
+    """log N(x; mean, exp(log_var)) of each element, in nats, with its constant; in float32 at least."""
+    x, mean, log_var = full_precision(x), full_precision(mean), full_precision(log_var)
+    return -0.5 * (LOG_2PI + log_var + scaled_square(x - mean, log_var))
 
 
 class DiagonalGaussian(NamedTuple):
@@ -24,17 +42,17 @@ class DiagonalGaussian(NamedTuple):
 
     @classmethod
     def from_parameters(cls, parameters: Tensor) -> DiagonalGaussian:
-        """From an encoder's output (..., 2 * D), mean and log-variance side by side."""
-        return cls(*parameters.chunk(2, dim=-1))
+        """From an encoder's output (..., 2 * D), mean and log-variance side by side; in float32 at least."""
+        return cls(*full_precision(parameters).chunk(2, dim=-1))
 
     def rsample(self, generator: torch.Generator, sample_shape: tuple[int, ...] = ()) -> Tensor:
-        """z = mean + sigma * noise, (*sample_shape, ..., D), differentiable in both parameters.
+        """z = mean + sigma * noise, (*sample_shape, ..., D), differentiable in both parameters; in float32 at least.
 
         Kingma & Welling 2014, section 2.4. The generator lives on the parameters' device.
         """
-        shape = (*sample_shape, *self.mean.shape)
-        noise = torch.randn(shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + torch.exp(0.5 * self.log_var) * noise
+        mean, log_var = full_precision(self.mean), full_precision(self.log_var)
+        noise = torch.randn((*sample_shape, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + torch.exp(0.5 * log_var) * noise
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log q(z), (...): summed over the D dimensions, in nats."""

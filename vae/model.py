@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from vae.gaussian import DiagonalGaussian
+from vae.gaussian import DiagonalGaussian, full_precision
 from vae.seeding import generator as generator_of
 
 if TYPE_CHECKING:
@@ -99,19 +99,10 @@ class VAEOutput(Halves):
 class VAE(nn.Module):
     """p(x, z) = p(x|z) p(z) with the amortised posterior q(z|x) (Kingma & Welling 2014; Rezende et al. 2014).
 
-<<<<<<< HEAD
     encoder: (B, C, H, W) -> (B, encoder_outputs of the posterior family); decoder: (N, D) -> (N, P, C, H, W); with
     `num_classes` both also take labels. posterior: the family of q(z|x), by default diagonal Gaussians. latent_label: the label
     is a latent variable too, with a uniform p(y): p(x) = 1/num_classes sum_y p(x|y). Every method here is of x given y all
     the same.
-=======
-    encoder: (B, C, H, W) -> (B, 2 D); decoder: (N, D) -> (N, P, C, H, W); with `num_classes` both also take labels. A
-    decoder with a true `autoregressive` is also given x, and its parameters of a pixel depend on the pixels before it.
-    latent_label: the label is a latent variable too, with a uniform p(y): p(x) = 1/num_classes sum_y p(x|y). Every method
-    here is of x given y all the same.
-    posterior: the family of q(z|x), encoder's output -> distribution over z, a module if it has weights of its own; then
-    the encoder gives as many numbers as the family asks for.
->>>>>>> measures
     """
 
     def __init__(
@@ -121,40 +112,30 @@ class VAE(nn.Module):
         prior: Prior,
         likelihood: nn.Module,
         num_classes: int = 0,
-<<<<<<< HEAD
         posterior: PosteriorFamily | None = None,
         latent_label: bool = False,
-=======
-        posterior: Callable[[Tensor], Posterior] = DiagonalGaussian.from_parameters,
-        latent_label: bool = False,
->>>>>>> measures
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.prior, self.likelihood = prior, likelihood
-<<<<<<< HEAD
-        self.num_classes = num_classes
-        self.posterior = DiagonalFamily(prior.latent_dim) if posterior is None else posterior
-=======
         self.num_classes, self.latent_label = num_classes, latent_label
         self.posterior = DiagonalFamily(prior.latent_dim) if posterior is None else posterior
->>>>>>> measures
 
     @property
     def latent_dim(self) -> int:
         return self.prior.latent_dim
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Posterior:
-        """q(z|x) or q(z|x, y); x (B, C, H, W) in [0, 1]."""
+        """q(z|x) or q(z|x, y); x (B, C, H, W) in [0, 1]. Its parameters are float32 however narrow the encoder's are."""
         parameters = self.encoder(x, y) if self.num_classes else self.encoder(x)
-        return self.posterior(parameters)
+        return self.posterior(full_precision(parameters))
 
     @property
     def autoregressive(self) -> bool:
         return self.decoder.autoregressive
 
     def decode(self, z: Tensor, y: Tensor | None = None, x: Tensor | None = None) -> Tensor:
-        """The likelihood's parameters, (..., D) -> (..., P, C, H, W); labels y (...) broadcast against z.
+        """The likelihood's parameters, (..., D) -> (..., P, C, H, W), float32 at least; labels y (...) broadcast against z.
 
         x (B, C, H, W), for z (..., B, D): the images that an autoregressive decoder reads; any other is not given them.
         """
@@ -163,7 +144,7 @@ class VAE(nn.Module):
             inputs.append(x)
         if self.num_classes:
             inputs.append(y.expand(z.shape[:-1]).flatten())
-        params = self.decoder(*inputs)
+        params = full_precision(self.decoder(*inputs))
         return params if z.ndim == 2 else params.unflatten(0, z.shape[:-1])
 
     def forward(

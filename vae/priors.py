@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vae.errors import VAEError
 from vae.flows import AffineCoupling
-from vae.gaussian import LOG_2PI, DiagonalGaussian
+from vae.gaussian import LOG_2PI, DiagonalGaussian, full_precision
 from vae.kl import GaussianMixture, gaussian_kl_to_standard_normal
 
 MAX_ELEMENTS = 2**24  # of a (rows, components, D) block held at a time
@@ -51,7 +51,7 @@ class StandardNormal(Prior):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z), (..., D) -> (...), in nats."""
-        return -0.5 * (z.square() + LOG_2PI).sum(-1)
+        return -0.5 * (full_precision(z).square() + LOG_2PI).sum(-1)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """(n, D)."""

@@ -69,12 +69,18 @@ def test_the_last_orientation_is_the_first_in_every_image(whole):
     assert not np.array_equal(images[:, :, 38], images[:, :, 0])
 
 
+def test_a_centre_on_a_right_edge_is_outside_and_on_a_left_edge_inside_as_in_the_original(whole):
+    # the right edge of this ellipse runs through the centre of (row 27, column 47), which is black in the original
+    ellipse = whole.images(torch.tensor([[1, 0, 15, 26, 11]]))[0, 0] // 255
+    assert ellipse[27, 44:49].tolist() == [1, 1, 1, 0, 0]
+
+
 def inside(polygon: np.ndarray, column: int, row: int) -> bool:
-    """Even-odd rule in whole numbers, of a ray from the pixel's centre to the left."""
+    """Even-odd rule in whole numbers, of a ray from the pixel's centre to the left, edges through the centre included."""
     x, y, odd = 256 * column + 128, 256 * row + 128, False
     for (x0, y0), (x1, y1) in zip(polygon.tolist(), np.roll(polygon, -1, axis=0).tolist(), strict=True):
         if min(y0, y1) < y <= max(y0, y1):
-            odd ^= (x0 * (y1 - y0) + (y - y0) * (x1 - x0) - x * (y1 - y0)) * (1 if y1 > y0 else -1) < 0
+            odd ^= (x0 * (y1 - y0) + (y - y0) * (x1 - x0) - x * (y1 - y0)) * (1 if y1 > y0 else -1) <= 0
     return odd
 
 
@@ -93,18 +99,18 @@ def test_a_pixel_is_white_where_its_centre_lies_inside_the_outline(size):
 
 
 def test_an_upright_square_has_the_area_that_its_sides_cover(whole):
-    """Its columns are those whose centre lies right of the left side, up to the right side; rows likewise."""
+    """Columns: centre on the left side or right of it, left of the right side. Rows: below the upper, not the lower."""
     for scale in range(6):
         half = 9.6 * (0.5 + 0.1 * scale)
         place = np.arange(32)
         centre = 16 + 32 * place / 31
         low, high = np.rint(256 * (centre - half)), np.rint(256 * (centre + half))
-        covered = np.floor((high - 128) / 256) - np.floor((low - 128) / 256)
+        columns, rows = (part((high - 128) / 256) - part((low - 128) / 256) for part in (np.ceil, np.floor))
         factors = torch.cartesian_prod(
             torch.tensor([0]), torch.tensor([scale]), torch.tensor([0]), *[torch.arange(32)] * 2
         )
         white = whole.images(factors).flatten(1).long().sum(1) // 255
-        assert np.array_equal(white.reshape(32, 32).numpy(), np.outer(covered, covered))
+        assert np.array_equal(white.reshape(32, 32).numpy(), np.outer(columns, rows))
 
 
 # The grid

@@ -141,8 +141,8 @@ def facts(config: DictConfig, data: ImageDataModule, module: VAEModule, override
     """What later commands need to know of a run and would otherwise have to guess: facts.json.
 
     data: the name of the data set; image_shape: (C, H, W); num_classes: of the labels that the model is given, 0 for none;
-    latent_label: whether the label is a latent variable too; likelihood: its class; discrete: whether it is a mass, not a density, so that likelihoods of both never compare; set: the
-    settings that the command line set; vae: this package's version.
+    latent_label: whether the label is a latent variable too; likelihood: its class; discrete: whether it is a mass, not a
+    density (likelihoods of the two never compare); set: the settings that the command line set; vae: the version.
     """
     source = str(config.data.source._target_ if "source" in config.data else config.data._target_)
     return {

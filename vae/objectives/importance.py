@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vae.errors import VAEError
-from vae.gaussian import DiagonalGaussian
+from vae.gaussian import DiagonalGaussian, full_precision
 from vae.model import VAE, Posterior
 from vae.objectives.elbo import Objective
 
@@ -35,8 +35,8 @@ ESTIMATORS = ("reparameterised", "sticking_the_landing", "dreg")
 
 
 def log_mean_exp(values: Tensor, dim: int) -> Tensor:
-    """log of the mean of exp(values) over a dimension."""
-    return values.logsumexp(dim) - math.log(values.shape[dim])
+    """log of the mean of exp(values) over a dimension; in float32 at least."""
+    return full_precision(values).logsumexp(dim) - math.log(values.shape[dim])
 
 
 class Densities(NamedTuple):
