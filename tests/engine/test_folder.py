@@ -28,5 +28,5 @@ def test_every_moved_class_of_a_stored_config_is_found_where_it_is_today(tmp_pat
 
 @pytest.mark.parametrize("old", MOVED)
 def test_no_module_is_left_where_a_moved_one_was(old):
-    with pytest.raises(Exception, match="Error locating target|ModuleNotFoundError|No module named"):
+    with pytest.raises(Exception, match=r"Error locating target|ModuleNotFoundError|No module named"):
         hydra.utils.get_class(old + "Anything")
