@@ -20,6 +20,7 @@ import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+import vae
 from vae.cli import TRANSIENT, command_line
 from vae.errors import VAEError
 
@@ -169,6 +170,7 @@ def environment() -> dict[str, Any]:
         commit = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return {
+        "vae": vae.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
