@@ -8,7 +8,7 @@ QUICK ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep train evaluate report reproduce reproduce-list bench bench-peers tensorboard test test-all lint clean
+.PHONY: help setup sweep train evaluate report reproduce reproduce-list bench bench-peers tensorboard test test-all test-lowest lint types clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -47,16 +47,25 @@ bench-peers: setup  ## the same for pythae and an ordinary Lightning set-up; ins
 tensorboard: setup  ## open what was logged, on localhost; RUN=folder (default: all)
 	$(BIN)/tensorboard --logdir '$(RUN)' --host 127.0.0.1
 
-test: setup  ## the everyday tests (under three minutes)
+test: setup lint types  ## what CI runs: lint, types, then the everyday tests (under four minutes)
 	$(BIN)/python -m pytest -n auto
 
-test-all: setup  ## all tests, slow ones included
+test-all: setup lint types  ## the same with all tests, slow ones included
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+test-lowest:  ## the everyday tests with the lowest versions that pyproject.toml allows, in .venv-lowest (3 GB to download)
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[dev]'
+	.venv-lowest/bin/python -m pytest -n auto
 
 lint: setup  ## ruff: format and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+types: setup  ## mypy over vae/
+	$(BIN)/mypy
+
 clean:  ## remove the environment and caches; runs/ and data/ stay
-	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-lowest .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

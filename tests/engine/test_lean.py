@@ -1,6 +1,8 @@
 """The lean step against Lightning's own: the same weights to the last bit, the same hooks in the same order."""
 
+import importlib.util
 import logging
+import sys
 
 import pytest
 import pytorch_lightning as pl
@@ -9,6 +11,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 
+from vae.engine import lean
 from vae.engine.build import build
 from vae.engine.lean import Compile, LeanLoop
 from vae.engine.trainer import build_trainer
@@ -83,6 +86,56 @@ def test_what_is_not_plain_is_left_to_lightning(tiny, tmp_path):
         for lean in (False, True)
     )
     assert all(torch.equal(own[name], lean[name]) for name in own)
+
+
+@pytest.fixture
+def warnings_of_lean(caplog):
+    """What is said of the loop, from now on; each reason is said once a process."""
+    lean._leave_to_lightning.cache_clear()
+    caplog.set_level(logging.WARNING, "vae.engine.lean")
+    yield lambda: [record.getMessage() for record in caplog.records if "its own loop" in record.getMessage()]
+    lean._leave_to_lightning.cache_clear()
+
+
+def test_the_installed_lightning_is_among_those_that_the_lean_loop_was_tried_with(warnings_of_lean):
+    assert type(lean.make_lean(pl.Trainer(logger=False, accelerator="cpu")).fit_loop.epoch_loop) is LeanLoop
+    assert warnings_of_lean() == []
+
+
+def test_a_lightning_that_was_not_tried_trains_by_its_own_loop_with_one_warning(
+    tiny, tmp_path, monkeypatch, warnings_of_lean
+):
+    ours = trained(tiny(), tmp_path / "ours", True)[0].state_dict()
+    monkeypatch.setattr(pl, "__version__", "2.9.1")
+    for name in ("a", "b"):
+        data, module = build(tiny())
+        trainer = build_trainer(tiny(), tmp_path / name)
+        assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop
+    trainer.fit(module, data)
+    assert all(torch.equal(value, ours[name]) for name, value in module.state_dict().items())
+    (said,) = warnings_of_lean()
+    assert said.startswith("Lightning 2.9.1 trains by its own loop")
+    assert "tried with 2.5 and 2.6 only" in said
+
+
+def test_a_lightning_without_the_private_modules_trains_by_its_own_loop(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "pytorch_lightning.loops.fetchers", None)
+    spec = importlib.util.spec_from_file_location("lean_anew", lean.__file__)
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    with caplog.at_level(logging.WARNING, "lean_anew"):
+        trainer = anew.make_lean(pl.Trainer(logger=False, accelerator="cpu"))
+    assert type(trainer.fit_loop.epoch_loop) is _TrainingEpochLoop
+    assert caplog.text.count("pytorch_lightning.loops.fetchers") == 1
+
+
+def test_a_lightning_without_a_private_attribute_trains_by_its_own_loop(tiny, tmp_path, monkeypatch, warnings_of_lean):
+    ours = trained(tiny(), tmp_path / "ours", True)[0].state_dict()
+    monkeypatch.setattr(LeanLoop, "OF_LIGHTNING", (*LeanLoop.OF_LIGHTNING, "trainer._gone_in_the_next_release"))
+    left = trained(tiny(), tmp_path / "left", True, plain=False)[0].state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in left.items())
+    (said,) = warnings_of_lean()
+    assert "'_gone_in_the_next_release'" in said
 
 
 def test_an_unknown_mode_of_compilation_is_refused():

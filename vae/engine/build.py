@@ -19,9 +19,13 @@ from vae.seeding import derive, generator
 
 
 def instantiate(config: Any, **options: Any) -> Any:
-    """Hydra's instantiate; what the object's own constructor says against its options is raised as VAEError."""
+    """Hydra's instantiate; what the object's own constructor says against its options is raised as VAEError.
+
+    Lists and groups of options arrive as plain lists and dicts: a torch optimiser keeps the betas that it is given, and
+    whatever it keeps is in each checkpoint.
+    """
     try:
-        return hydra.utils.instantiate(config, **options)
+        return hydra.utils.instantiate(config, **options, _convert_="all")
     except MissingMandatoryValue as error:
         raise VAEError(f"{error.full_key} has no default: say what it should be.") from error
     except InstantiationException as error:

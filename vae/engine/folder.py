@@ -175,6 +175,7 @@ def environment() -> dict[str, Any]:
         commit = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return {
+        "vae": vae.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

@@ -11,17 +11,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
-from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from vae.errors import VAEError
+
+#: Minor versions of Lightning with which LeanLoop trains to the same bits as Lightning's own loop.
+TESTED = ("2.5", "2.6")
+
+try:  # what Lightning keeps to itself may go with any release
+    from pytorch_lightning.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
+    from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+except ImportError as error:
+    _TrainingEpochLoop, MISSING = object, str(error)
+else:
+    MISSING = ""
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -63,10 +73,32 @@ class LeanLoop(_TrainingEpochLoop):
         "on_after_batch_transfer",
     )
 
+    #: What `advance` takes of Lightning's own, besides its hooks.
+    OF_LIGHTNING = (
+        "_results.batch",
+        "_num_ready_batches_reached",
+        "restarting",
+        "val_loop.restarting",
+        "automatic_optimization.optim_progress.optimizer.step.increment_ready",
+        "batch_progress.increment_processed",
+        "trainer._logger_connector._first_loop_iter",
+        "trainer._logger_connector.on_batch_end",
+        "trainer._logger_connector.should_update_logs",
+        "trainer._logger_connector.update_train_step_metrics",
+        "trainer.fit_loop._skip_backward",
+        "trainer.lightning_module._current_fx_name",
+        "update_lr_schedulers",
+    )
+
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         super().on_run_start(data_fetcher)
         trainer, module = self.trainer, self.trainer.lightning_module
-        self._plain = self._is_plain(data_fetcher)
+        try:
+            operator.attrgetter(*self.OF_LIGHTNING)(self)
+            self._plain = self._is_plain(data_fetcher)
+        except AttributeError as error:
+            self._plain = False
+            _leave_to_lightning(str(error))
         self._hooks = {}
         for name in self.HOOKS:
             of_callbacks = [
@@ -163,10 +195,20 @@ def _has_own(owner: Any, name: str, base: type) -> bool:
 
 
 def make_lean(trainer: pl.Trainer) -> pl.Trainer:
-    """The same trainer, its epochs run by `LeanLoop`."""
+    """The same trainer, its epochs run by `LeanLoop` where that was tried with this Lightning, or else as it is."""
+    if MISSING or ".".join(pl.__version__.split(".")[:2]) not in TESTED:
+        _leave_to_lightning(MISSING or f"tried with {' and '.join(TESTED)} only")
+        return trainer
     loop = trainer.fit_loop.epoch_loop
     trainer.fit_loop.epoch_loop = LeanLoop(trainer, loop.min_steps, loop.max_steps)
     return trainer
+
+
+@functools.cache  # said once a process
+def _leave_to_lightning(reason: str) -> None:
+    logging.getLogger(__name__).warning(
+        f"Lightning {pl.__version__} trains by its own loop, which is slower: ours may not fit it ({reason})."
+    )
 
 
 class Compile(pl.Callback):

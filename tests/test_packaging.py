@@ -1,0 +1,150 @@
+"""What pyproject.toml says of the package: what it needs, what is in its wheel, which version it is."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import vae
+from vae.engine.folder import environment
+
+ROOT = Path(__file__).parents[1]
+if sys.version_info >= (3, 11):
+    import tomllib
+
+    PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+else:
+    PROJECT = pytest.importorskip("tomli").loads((ROOT / "pyproject.toml").read_text())
+
+NEEDED = PROJECT["project"]["dependencies"]
+FOR_TESTS = PROJECT["project"]["optional-dependencies"]["dev"]
+#: Of distributions that these tests may be run without, and of a namespace that several share.
+DISTRIBUTIONS = {"hydra_plugins": "hydra-joblib-launcher", "pythae": "pythae"}
+#: Needed without being imported: Lightning's TensorBoardLogger writes through it.
+UNSEEN = {"tensorboard"}
+
+
+def names(requirements):
+    return {re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements}
+
+
+def imported(*folders):
+    """Distributions that Python files below `folders` import from, wherever in the file, each with one such file."""
+    of_module = importlib.metadata.packages_distributions()
+    ours = {
+        "vae",
+        "experiments",
+        *(path.stem for folder in ("tests", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")),
+    }
+    found = {}
+    for path in (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            for module in {module.partition(".")[0] for module in modules} - ours - sys.stdlib_module_names:
+                distribution = DISTRIBUTIONS.get(module) or of_module.get(module, [module])[0]
+                found[distribution.lower().replace("_", "-")] = path.relative_to(ROOT).as_posix()
+    return found
+
+
+def test_whatever_is_imported_is_declared_and_nothing_else_is():
+    assert {name: path for name, path in imported("vae", "experiments").items() if name not in names(NEEDED)} == {}
+    assert names(NEEDED) - set(imported("vae")) == UNSEEN
+    declared = names(NEEDED) | names(FOR_TESTS) | {"pythae"}  # which benchmarks/peers.py installs for itself
+    assert {name: path for name, path in imported("tests", "benchmarks").items() if name not in declared} == {}
+
+
+def test_the_least_torch_and_the_least_torchvision_are_of_one_release_and_neither_is_capped():
+    """torchvision names the one torch that it was built with: a cap on either could leave pip none that go together."""
+    bounds = {re.match(r"[\w-]+", r)[0]: r for r in NEEDED}
+    torch, torchvision = (re.fullmatch(rf"{name}>=(\d+)\.(\d+)", bounds[name]) for name in ("torch", "torchvision"))
+    assert (torch[1], torchvision[1]) == ("2", "0")
+    assert int(torchvision[2]) == int(torch[2]) + 15
+
+
+@pytest.mark.parametrize("needed", NEEDED)
+def test_each_dependency_has_a_lower_bound_which_the_installed_version_keeps(needed):
+    name, bounds = re.fullmatch(r"([\w-]+)(>=[\d.]+(?:,<[\d.]+)?)", needed).groups()
+
+    def numbers(version):
+        return [int(part) for part in re.match(r"[\d.]*\d", version)[0].split(".")]
+
+    installed = numbers(importlib.metadata.version(name))
+    for bound in bounds.split(","):
+        assert installed >= numbers(bound[2:]) if bound.startswith(">=") else installed < numbers(bound[1:])
+
+
+def test_the_version_is_said_in_one_place_and_told_by_every_run():
+    assert "version" in PROJECT["project"]["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", vae.__version__)
+    assert environment()["vae"] == vae.__version__
+    assert f"\nversion: {vae.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## [{vae.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("wheel")
+    built = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    return next(folder.glob("vae-*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_its_configs_but_none_that_need_a_checkout(wheel):
+    files = set(zipfile.ZipFile(wheel).namelist())
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "vae").rglob("*") if path.is_file()}
+    expected |= {f"vae/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
+    expected = {name for name in expected if "__pycache__" not in name and not name.startswith("vae/conf/experiment/")}
+    expected.add("vae/conf/experiment/digits_sweep.yaml")
+    assert {name for name in files if ".dist-info/" not in name} == expected
+    assert "vae/py.typed" in files
+    assert f"vae-{vae.__version__}" in wheel.name
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_trains_and_offers_nothing_that_it_cannot_do(wheel, tmp_path):
+    site, here = tmp_path / "site", tmp_path / "here"
+    zipfile.ZipFile(wheel).extractall(site)  # which is all that installing one of pure Python does
+    here.mkdir()
+
+    def run(*arguments):
+        environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        return subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=here, env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    small = [
+        "data.limit=64",
+        "data.batch_size=32",
+        "trainer.max_epochs=1",
+        "evaluation.nll_samples=5",
+        "callbacks=minimal",
+    ]
+    trained = run("vae.train", *small, "threads=1", "trainer.accelerator=cpu", "run=run", "progress_bar=false")
+    assert trained.returncode == 0, trained.stderr
+    assert (here / "run" / "metrics.json").is_file()
+    assert f'"vae": "{vae.__version__}"' in (here / "run" / "environment.json").read_text()
+    assert "\nexperiment: digits_sweep\n" in run("vae.train", "--help").stdout
+    paper = run("vae.train", "experiment=rate_control")
+    assert paper.returncode == 1
+    assert "experiment/rate_control" in paper.stdout + paper.stderr
+    assert "Traceback" not in paper.stderr
+    for arguments in (["--list"], ["rate_control", "--quick"]):
+        refused = run("vae.reproduce", *arguments)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("Error: There is no experiments/ folder here")
+        assert "clone the repository" in refused.stderr
