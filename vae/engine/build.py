@@ -54,6 +54,7 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
         waiting = isinstance(objective, functools.partial)  # for what only the model and the data can tell
         num_classes = data.num_classes if (objective.func if waiting else objective).conditional else 0
         likelihood = instantiate(config.likelihood)
+        data.require_fit(likelihood)
         network = functools.partial(
             instantiate(config.network),
             image_shape=data.image_shape,
