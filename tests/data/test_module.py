@@ -111,7 +111,10 @@ def test_streamed_images_arrive_as_gathered_ones_do():
     ("options", "sentence"),
     [
         ({"batch_size": 41}, "larger than the training split, which has 40"),
-        ({"batch_size": 0}, "must be positive"),
+        ({"batch_size": 0}, "data.batch_size=0 must be a whole number of at least 1"),
+        ({"eval_batch_size": 64.5}, "data.eval_batch_size=64.5 must be a whole number"),
+        ({"limit": -1}, "data.limit=-1 must be a whole number of at least 1, or null"),
+        ({"labelled": True}, "data.labelled=True must be a whole number"),
         ({"binarize": "maybe"}, "choose one of none, threshold, static, dynamic"),
     ],
 )

@@ -19,7 +19,7 @@ from torchvision import datasets
 
 from vae.data import sources, storage
 from vae.data.sources import ImageFiles
-from vae.data.storage import cached_bits, fetch, unpack
+from vae.data.storage import cache_folder, cached_bits, fetch, unpack
 from vae.errors import VAEError
 
 
@@ -529,3 +529,38 @@ def test_a_full_disk_leaves_no_part_of_a_cache(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="No space left"):
         assert np.array_equal(cached_bits(tmp_path / "x.bits", (2, 3), lambda: built), built)
     assert not (tmp_path / "x.bits").exists()
+
+
+# --- paths that lead nowhere ------------------------------------------------------------------------------------------
+
+
+def test_a_home_folder_that_does_not_exist_is_told_in_a_sentence(monkeypatch):
+    with pytest.raises(VAEError, match="~nobody-at-all/data begins with the home folder of a user who does not exist"):
+        sources.mnist("~nobody-at-all/data")
+    monkeypatch.setenv("VAE_CACHE_DIR", "~nobody-at-all")
+    with pytest.raises(VAEError, match="does not exist"):
+        cache_folder()
+
+
+@pytest.mark.parametrize("source", [sources.mnist, sources.binarized_mnist, sources.frey_faces, sources.cifar10])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_device_in_place_of_a_data_file_is_refused_and_not_waited_for(source, kind, tmp_path):
+    for name in (
+        "MNIST/raw/train-images-idx3-ubyte",
+        "binarized_mnist/binarized_mnist_train.amat",
+        "frey_faces/frey_rawface.mat",
+        *(f"cifar-10-batches-py/{name}" for name, _ in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(VAEError, match="is not a regular file"):
+        source(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_cache_is_replaced(tmp_path):
+    path = tmp_path / "cache"
+    os.mkfifo(path)
+    bits = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    assert np.array_equal(cached_bits(path, (2, 3), lambda: bits), bits)
+    assert path.is_file()

@@ -1,19 +1,23 @@
-"""Images held in memory as uint8 and gathered by batch: the one form that every data set takes."""
+"""Images held in memory and gathered by batch: the form that every data set takes, checked before anything is trained."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from vae.errors import VAEError
 
 
 class ImageSet(Protocol):
     """A split of a data set, addressed by index.
 
-    `shape` is (C, H, W); `gather(index (B,)) -> (x uint8 (B, C, H, W), y int64 (B, ...) or None)`, where y is a class
-    label (B,) or, for data with known generative factors, their class indices (B, F).
+    `shape` is (C, H, W); `gather(index (B,)) -> (x (B, C, H, W), y int64 (B, ...) or None)`, where x is uint8, or float32
+    in [0, 1], and y is a class label (B,) or, for data with known generative factors, their class indices (B, F).
     """
 
     shape: tuple[int, int, int]
@@ -25,15 +29,20 @@ class ImageSet(Protocol):
 
 @dataclass
 class Images:
-    """A split held whole in memory: x uint8 (N, C, H, W), y int64 (N, ...) or None."""
+    """A split held whole in memory: x uint8, or float32 in [0, 1], (N, C, H, W); y int64 (N, ...) or None.
+
+    NumPy arrays are taken as tensors, bool as black and white, other floats as float32, (N, H, W) as one channel;
+    labels of any type that holds whole numbers as int64, (N, 1) as (N,). Raises VAEError, saying what to do, for
+    anything else. The values are looked at by `accepted`.
+    """
 
     x: Tensor
     y: Tensor | None = None
     shape: tuple[int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.x.dtype != torch.uint8 or self.x.ndim != 4:
-            raise TypeError(f"images are uint8 (N, C, H, W), not {self.x.dtype} {tuple(self.x.shape)}")
+        self.x = _images(self.x)
+        self.y = None if self.y is None else labels_of(self.y, len(self.x))
         self.shape = tuple(self.x.shape[1:])
 
     def __len__(self) -> int:
@@ -47,6 +56,28 @@ class Images:
         return Images(*self.gather(index))
 
 
+@dataclass
+class Rows:
+    """Some images of a larger set, by row: nothing is copied, so that they may lie in a mapped file."""
+
+    whole: ImageSet
+    rows: Tensor  # int64 (n,)
+    y: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.whole.shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.whole.gather(self.rows[index])[0], None if self.y is None else self.y[index]
+
+    def subset(self, index: Tensor) -> Rows:
+        return Rows(self.whole, self.rows[index], None if self.y is None else self.y[index])
+
+
 class Splits(NamedTuple):
     """Train, validation and test; fixed by seed, so that every run of a sweep sees the same ones."""
 
@@ -56,10 +87,151 @@ class Splits(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """x: uint8 (B, C, H, W) as loaded, float in [0, 1] once prepared; y: int64 (B, ...) or None; seed: of every draw;
-    partner: like x, images that share most of their factors with those of x, where an objective asked for them."""
+    """x: uint8 or float32 (B, C, H, W) as loaded, float in [0, 1] once prepared; y: int64 (B, ...) or None; seed: of
+    every draw; partner: like x, images that share most of their factors with those of x, where an objective asked."""
 
     x: Tensor
     y: Tensor | None
     seed: int
     partner: Tensor | None = None
+
+
+# --- what is taken for images and labels ------------------------------------------------------------------------------
+
+
+def _images(x: Any) -> Tensor:
+    x = _tensor(x, "Images")
+    if x.ndim == 3:
+        x = x.unsqueeze(1)
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise VAEError(f"Images are (N, C, H, W), or (N, H, W) where they have one channel, not {tuple(x.shape)}.")
+    _, first, height, last = x.shape
+    if first > 4 and last < min(first, height) and (last <= 4 or first == height):
+        raise VAEError(f"Images {tuple(x.shape)} look like channels last, (N, H, W, C): give x.permute(0, 3, 1, 2).")
+    if x.dtype == torch.bool:
+        return x.to(torch.uint8) * 255
+    if x.is_floating_point():
+        return x.float()
+    if x.dtype != torch.uint8:
+        raise VAEError(
+            f"Images are uint8 from 0 to 255 or float32 from 0 to 1, not {_name(x)}: convert them, by x.to(torch.uint8) "
+            "if they hold 0 to 255."
+        )
+    return x
+
+
+def labels_of(y: Any, images: int) -> Tensor:
+    """Labels of so many images as int64, (N,) or (N, F). Raises VAEError where they are none."""
+    y = _tensor(y, "Labels")
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim == 0 or len(y) != images:
+        raise VAEError(f"There are {len(y) if y.ndim else 1} labels for {images} images: each image needs one.")
+    if y.is_complex() or (y.is_floating_point() and not torch.equal(y, y.round())):  # NaN is not equal to itself
+        raise VAEError(
+            f"Labels are whole numbers from 0, or -1 where none is known, and some of these {_name(y)} are not."
+        )
+    return y.long()
+
+
+def _tensor(values: Any, what: str) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach()
+    try:
+        array = np.ascontiguousarray(values)  # torch cannot share one that is flipped
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a read-only array is not written to here either
+            return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise VAEError(
+            f"{what} must be numbers in a tensor or an array, not {type(values).__name__}"
+            f"{f' of {values.dtype}' if hasattr(values, 'dtype') else ''}."
+        ) from error
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+# --- what can be trained on -------------------------------------------------------------------------------------------
+
+
+def accepted(splits: Splits) -> Splits:
+    """What a source returned, with one-hot labels as the classes they stand for, and floats of only 0 and 1 as uint8.
+
+    Raises VAEError, in a sentence that says what to do, for what cannot be trained on: an empty split, splits that differ
+    in shape or type, floats outside [0, 1], labels below -1. Warns of uint8 images whose pixels are all 0 or 1.
+    """
+    splits = Splits(*splits)
+    for name, split in zip(Splits._fields, splits, strict=True):
+        if len(split) == 0:
+            raise VAEError(f"The {name} split has no images: train, val and test need at least one each.")
+    first = [split.gather(torch.zeros(1, dtype=torch.long)) for split in splits]
+    for name, (x, y) in zip(Splits._fields, first, strict=True):
+        for what, of_split, of_train in (
+            ("images", (_name(x), *x.shape[1:]), (_name(first[0][0]), *first[0][0].shape[1:])),
+            ("labels", *(None if labels is None else tuple(labels.shape[1:]) for labels in (y, first[0][1]))),
+        ):
+            if of_split != of_train and None not in (of_split, of_train):
+                raise VAEError(f"The {what} of the {name} split are {of_split}, those of the train split {of_train}.")
+    if first[0][0].dtype == torch.float32:
+        binary = [_checked_floats(split, name) for name, split in zip(Splits._fields, splits, strict=True)]
+        if all(binary):
+            splits = Splits(*(_as_uint8(split) for split in splits))
+    elif first[0][0].dtype != torch.uint8:
+        raise VAEError(f"gather() gives {_name(first[0][0])} images: they must be uint8, or float32 from 0 to 1.")
+    elif _is_nearly_black(splits.train):
+        warnings.warn(
+            "The images are uint8 and every pixel is 0 or 1 of 255, which is nearly black: did you mean 0 and 255?",
+            stacklevel=2,
+        )
+    return _with_classes(splits)
+
+
+def _is_nearly_black(split: ImageSet) -> bool:
+    looked_at = min(1 if getattr(split, "streaming", False) else 1000, len(split))
+    return int(split.gather(torch.linspace(0, len(split) - 1, looked_at).long())[0].max()) == 1
+
+
+def _checked_floats(split: ImageSet, name: str) -> bool:
+    """Whether a split's floats, which must lie in [0, 1], are all 0 or 1. One that is streamed is not looked at."""
+    if getattr(split, "streaming", False):
+        return False
+    binary = True
+    for index in torch.arange(len(split)).split(1000):
+        x, _ = split.gather(index)
+        inside = ((x >= 0) & (x <= 1)).flatten(1).all(1)
+        if not inside.all():
+            bad = int(inside.logical_not().nonzero()[0])
+            low, high = float(x[bad].min()), float(x[bad].max())
+            found = f"Image {int(index[bad])} of the {name} split"
+            if not torch.isfinite(x[bad]).all():
+                raise VAEError(f"{found} has pixels that are not finite: mend it or leave it out.")
+            raise VAEError(
+                f"{found} has values from {low:.8g} to {high:.8g}, and float images are from 0 to 1: scale them, such as "
+                "by x / 255, or give uint8 from 0 to 255."
+            )
+        binary = binary and bool(((x == 0) | (x == 1)).all())
+    return binary
+
+
+def _as_uint8(split: ImageSet) -> ImageSet:
+    """A split of floats 0 and 1 that is held in memory as 0 and 255: the same images in a quarter of it."""
+    return Images((split.x * 255).to(torch.uint8), split.y) if isinstance(split, Images) else split
+
+
+def _with_classes(splits: Splits) -> Splits:
+    labels = [getattr(split, "y", None) for split in splits]
+    for name, y in zip(Splits._fields, labels, strict=True):
+        if y is not None and y.min() < -1:
+            raise VAEError(
+                f"The {name} split has a label {int(y.min())}: labels count from 0, and -1 is for none known."
+            )
+    if all(isinstance(split, Images | Rows) and _is_one_hot(split.y) for split in splits):
+        return Splits(*(replace(split, y=split.y.argmax(1)) for split in splits))
+    return splits
+
+
+def _is_one_hot(y: Tensor | None) -> bool:
+    return y is not None and y.ndim == 2 and bool(((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vae.data.images import Batch, Images, ImageSet, Splits
+from vae.data.images import Batch, Images, ImageSet, Rows, Splits, accepted
 from vae.data.pairs import Partners, partners_of
 from vae.errors import VAEError
+from vae.likelihoods import Likelihood
 from vae.seeding import derive, generator
 
 BINARIZATIONS = ("none", "threshold", "static", "dynamic")
@@ -126,12 +129,12 @@ class _Gather(torch.utils.data.Dataset):
 class ImageDataModule(pl.LightningDataModule):
     """A data set's three splits as a LightningDataModule.
 
-    source: called without arguments, returns `Splits`. binarize: `none` (pixels / 255), `threshold` (pixel >= 128),
+    source: called without arguments, returns `Splits`. binarize: `none` (pixels in [0, 1]), `threshold` (at one half),
     `static` (one Bernoulli draw per image, fixed by `split_seed`) or `dynamic` (a fresh draw each training batch; whatever
     is measured, training images too, has one seeded draw, so that every run is measured on the same pixels). seed: of the
     training order and draws. limit: keep only the first so many images of each split. labelled: train with the labels of
     so many training images, equally many a class, and -1 for the others; what is measured has them all. Raises VAEError for
-    an unknown option or a batch larger than the split.
+    an option that makes no sense, a batch larger than the split, and images that `accepted` refuses.
     """
 
     def __init__(
@@ -149,8 +152,12 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         if binarize not in BINARIZATIONS:
             raise VAEError(f"data.binarize={binarize!r} is unknown: choose one of {', '.join(BINARIZATIONS)}.")
-        if batch_size < 1 or eval_batch_size < 1:
-            raise VAEError(f"Batch sizes must be positive, not {min(batch_size, eval_batch_size)}.")
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "limit": limit, "labelled": labelled}
+        for name, size in sizes.items():
+            optional = name in ("limit", "labelled")
+            if not (size is None and optional) and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                whole = f"must be a whole number of at least 1{', or null' if optional else ''}."
+                raise VAEError(f"data.{name}={size} {whole}")
         self.source, self.batch_size, self.eval_batch_size = source, batch_size, eval_batch_size
         self.binarize, self.seed, self.split_seed = binarize, seed, split_seed
         self.num_workers, self.limit, self.labelled = num_workers, limit, labelled
@@ -164,7 +171,8 @@ class ImageDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.splits is not None:
             return
-        splits = self.source()
+        splits = accepted(self.source())
+        self._all_labels = [getattr(split, "y", None) for split in splits]
         if self.limit is not None:
             splits = Splits(*(_first(split, self.limit) for split in splits))
         if self.batch_size > len(splits.train):
@@ -173,7 +181,8 @@ class ImageDataModule(pl.LightningDataModule):
             )
         if self.labelled is not None:
             self._train_labels = getattr(splits.train, "y", None)
-            splits = splits._replace(train=partly_labelled(splits.train, self.labelled, self.split_seed))
+            classes = self._count_classes()
+            splits = splits._replace(train=partly_labelled(splits.train, self.labelled, classes, self.split_seed))
         draw_once = {"static": (True, True, True), "dynamic": (False, True, True)}.get(self.binarize, (False,) * 3)
         self.splits = Splits(
             *(
@@ -208,19 +217,44 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of class labels. Raises VAEError if the images carry none."""
-        return int(self._class_labels().max()) + 1
+        """Number of class labels, `limit` or not. Raises VAEError if the images carry none, or not all that it takes."""
+        self.setup()
+        return self._count_classes()
+
+    def _count_classes(self) -> int:
+        for name, y in zip(Splits._fields, self._all_labels, strict=True):
+            if y is None or y.ndim != 1:
+                has = "has none" if y is None else f"has {y.shape[1]} labels per image, which are no classes"
+                raise VAEError(f"This needs class labels, and the {name} split of the data {has}.")
+            if name != "train" and y.min() < 0 <= y.max():
+                raise VAEError(f"The {name} split has images without a label: only training images may be without.")
+        found = torch.cat(self._all_labels).unique()
+        classes = len(found[found >= 0])
+        if classes == 0:
+            raise VAEError("No image has a label: all are -1.")
+        if int(found[-1]) != classes - 1:
+            raise VAEError(
+                f"Class labels count from 0 without a gap, and {classes} of them end at {int(found[-1])}: "
+                "np.unique(y, return_inverse=True)[1] renumbers them."
+            )
+        return classes
 
     @property
     def labelled_fraction(self) -> float:
         """The part of the training images whose label is known. Raises VAEError if the images carry none."""
-        return float((self._class_labels() >= 0).double().mean())
+        self.setup()
+        self._count_classes()
+        return float((self.splits.train.y >= 0).double().mean())
 
-    def _class_labels(self) -> Tensor:
-        labels = getattr(self.splits_ready().train, "y", None)
-        if labels is None or labels.ndim != 1:
-            raise VAEError("This objective or network needs class labels, and the data set has none.")
-        return labels
+    def require_fit(self, likelihood: Likelihood) -> None:
+        """Raises VAEError where a probability mass would be asked for that of pixels of any value in [0, 1]."""
+        x, _ = self.splits_ready().train.gather(torch.zeros(1, dtype=torch.long))
+        if likelihood.discrete and x.is_floating_point() and self.binarize == "none":
+            raise VAEError(
+                f"{type(likelihood).__name__} is for pixels of fixed values, and these images are floats: use the "
+                "likelihood of a density, such as likelihood=continuous_bernoulli or gaussian_optimal, or "
+                "data.binarize=dynamic, or give uint8 images."
+            )
 
     def add_labelled(self, n: int) -> None:
         """Let n labelled images, or all if there are fewer, join every training batch."""
@@ -243,8 +277,10 @@ class ImageDataModule(pl.LightningDataModule):
         return (total / len(index)).float()
 
     def scale(self, x: Tensor) -> Tensor:
-        """uint8 -> float in [0, 1], thresholded at one half if the data is."""
-        return (x >= 128).float() if self.binarize == "threshold" else x / 255
+        """uint8, or float in [0, 1] -> float in [0, 1], thresholded at one half if the data is."""
+        if self.binarize == "threshold":
+            return (x >= (0.5 if x.is_floating_point() else 128)).float()
+        return as_floats(x)
 
     def prepare(self, batch: Batch, training: bool) -> Batch:
         """Scale and, where it is drawn afresh, binarise a loaded batch on the device it is on."""
@@ -300,27 +336,43 @@ def bernoulli(probability: Tensor, generator: torch.Generator) -> Tensor:
     return noise.lt_(probability)  # in place: ten times faster than a boolean tensor that is then converted
 
 
+def as_floats(x: Tensor) -> Tensor:
+    """Pixels as floats in [0, 1], from uint8 or as they are."""
+    return x if x.is_floating_point() else x / 255
+
+
 def binarized_once(split: ImageSet, seed: int) -> Images:
     """The split with one Bernoulli draw of each pixel, kept as uint8 0 and 255."""
-    if not isinstance(split, Images):
+    if not isinstance(split, Images | Rows):
         raise VAEError("data.binarize=static and dynamic need a data set held in memory: use none or threshold here.")
     noise = generator(seed)
-    parts = [(bernoulli(part.float() / 255, noise) * 255).to(torch.uint8) for part in split.x.split(5000)]
+    parts = [
+        (bernoulli(as_floats(split.gather(index)[0]), noise) * 255).to(torch.uint8)
+        for index in torch.arange(len(split)).split(5000)
+    ]
     return Images(torch.cat(parts), split.y)
 
 
-def partly_labelled(split: ImageSet, labelled: int, seed: int) -> Images:
-    """The split with the labels of `labelled` images, equally many a class, and -1 for the others."""
-    if not isinstance(split, Images) or split.y is None or split.y.ndim != 1:
-        raise VAEError("data.labelled needs a data set in memory with class labels.")
-    classes = int(split.y.max()) + 1
-    if labelled < classes or labelled % classes:
+def partly_labelled(split: ImageSet, labelled: int, classes: int, seed: int) -> ImageSet:
+    """The split with the labels of `labelled` images, equally many a class, and -1 for the others.
+
+    Warns where a class has fewer. Raises VAEError if the labels cannot be shared equally.
+    """
+    if not isinstance(split, Images | Rows):
+        raise VAEError("data.labelled needs a data set in memory.")
+    if labelled % classes:
         raise VAEError(f"data.labelled={labelled} must be a multiple of the number of classes, {classes}.")
     order = torch.randperm(len(split), generator=generator(seed, "labelled"))
-    kept = torch.cat([order[split.y[order] == c][: labelled // classes] for c in range(classes)])
+    kept = [order[split.y[order] == c][: labelled // classes] for c in range(classes)]
+    if short := {c: len(members) for c, members in enumerate(kept) if len(members) < labelled // classes}:
+        warnings.warn(
+            f"data.labelled={labelled} asks for the labels of {labelled // classes} images of each class, and there are "
+            f"only {', '.join(f'{n} of class {c}' for c, n in short.items())}: {sum(map(len, kept))} are kept.",
+            stacklevel=2,
+        )
     y = torch.full_like(split.y, -1)
-    y[kept] = split.y[kept]
-    return Images(split.x, y)
+    y[torch.cat(kept)] = split.y[torch.cat(kept)]
+    return replace(split, y=y)
 
 
 def _first(split: ImageSet, n: int) -> ImageSet:

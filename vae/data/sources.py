@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae.data.images import Images, Splits
-from vae.data.storage import cache_folder, cached_bits, check, fetch, locked, reason, unpack
+from vae.data.storage import cache_folder, cached_bits, check, expanded, fetch, locked, reason, require_regular, unpack
 from vae.errors import VAEError
 from vae.files import write_atomically
 from vae.seeding import generator
@@ -123,16 +123,14 @@ def kmnist(root: Root, val_size: int = 5000, seed: int = 0) -> Splits:
 
 
 def _mnist_like(name: str, root: Root, val_size: int, seed: int) -> Splits:
-    folder = Path(root).expanduser() / name / "raw"
-    train, test = (
-        Images(_idx(folder, f"{part}-images-idx3-ubyte").unsqueeze(1), _idx(folder, f"{part}-labels-idx1-ubyte").long())
-        for part in ("train", "t10k")
-    )
-    for part, data in (("train", train), ("t10k", test)):
-        if len(data.x) != len(data.y):
-            raise VAEError(
-                f"{folder / part}-labels-idx1-ubyte has {len(data.y)} labels for the {len(data.x)} images beside it."
-            )
+    folder = expanded(root) / name / "raw"
+    parts = []
+    for part in ("train", "t10k"):
+        x, y = (_idx(folder, f"{part}-{file}-ubyte") for file in ("images-idx3", "labels-idx1"))
+        if len(x) != len(y):
+            raise VAEError(f"{folder / part}-labels-idx1-ubyte has {len(y)} labels for the {len(x)} images beside it.")
+        parts.append(Images(x.unsqueeze(1), y))
+    train, test = parts
     return Splits(*hold_out(train, val_size, seed), test)
 
 
@@ -142,6 +140,7 @@ def _idx(folder: Path, file: str) -> Tensor:
     The format: bytes 0, 0, 8 (uint8), number of dimensions; each dimension, 4 bytes big-endian; the values.
     """
     path, name = folder / file, folder.parent.name
+    require_regular(path)
     try:
         data = np.fromfile(path, np.uint8) if path.exists() else np.frombuffer(_unzipped(path, name), np.uint8)
     except OSError as error:
@@ -185,8 +184,8 @@ def binarized_mnist(root: Root, cache: Root | None = None) -> Splits:
     user's cache folder if not given. The test file is sorted by digit; its images are put into one fixed random order,
     so that the first n are a fair sample.
     """
-    folder = Path(root).expanduser() / "binarized_mnist"
-    store = Path(cache).expanduser() if cache else cache_folder()
+    folder = expanded(root) / "binarized_mnist"
+    store = expanded(cache) if cache else cache_folder()
     splits = []
     for split, (images, md5) in BINARIZED_MNIST.items():
         path = folder / f"binarized_mnist_{split}.amat"
@@ -218,7 +217,7 @@ def frey_faces(root: Root, val_size: int = 200, test_size: int = 200, seed: int 
     """
     from scipy.io import loadmat
 
-    path = Path(root).expanduser() / "frey_faces" / "frey_rawface.mat"
+    path = expanded(root) / "frey_faces" / "frey_rawface.mat"
     fetch(path, FREY_URLS, FREY_MD5)
     check(path, FREY_MD5)
     film = torch.from_numpy(loadmat(path)["ff"].T.reshape(-1, 1, 28, 20).copy())
@@ -231,7 +230,7 @@ def cifar10(root: Root, val_size: int = 5000, seed: int = 0) -> Splits:
     """Tiny colour photographs (Krizhevsky 2009), 50,000 + 10,000. x (3, 32, 32), y one of ten classes."""
     from torchvision.datasets import CIFAR10
 
-    root = Path(root).expanduser()
+    root = expanded(root)
     folder = root / CIFAR10.base_folder
     with locked(folder):
         if not all((folder / name).exists() for name, _ in CIFAR10.train_list + CIFAR10.test_list):
@@ -265,7 +264,7 @@ def svhn(root: Root, val_size: int = 5000, seed: int = 0) -> Splits:
     parts = []
     for split in ("train", "test"):
         url, name, md5 = SVHN.split_list[split]
-        path = fetch(Path(root).expanduser() / name, [url], md5)
+        path = fetch(expanded(root) / name, [url], md5)
         check(path, md5)
         data = loadmat(path)
         x = torch.from_numpy(data["X"]).permute(3, 2, 0, 1).contiguous()
@@ -308,6 +307,7 @@ class ImageFiles:
     def _decode(self, name: str) -> Tensor:
         from PIL import Image
 
+        require_regular(self.folder / name)
         try:
             with Image.open(self.folder / name) as image:
                 left, top = (image.width - self.crop) // 2, (image.height - self.crop) // 2
@@ -328,7 +328,7 @@ def celeba(root: Root, size: int = 64, crop: int = 148) -> Splits:
 
     if size < 1 or not 1 <= crop <= 178:
         raise VAEError(f"data.size={size} must be positive and data.crop={crop} lie between 1 and 178.")
-    folder = Path(root).expanduser() / CelebA.base_folder
+    folder = expanded(root) / CelebA.base_folder
     files = {name: (drive_id, md5) for drive_id, md5, name in CelebA.file_list}
     for name in ("list_eval_partition.txt", "list_attr_celeba.txt"):
         _from_drive(folder / name, *files[name])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vae.data.images import Splits
 from vae.data.sources import Root
-from vae.data.storage import cache_folder, cached_bits, check, fetch, open_bits, reason
+from vae.data.storage import cache_folder, cached_bits, check, expanded, fetch, open_bits, reason
 from vae.errors import VAEError
 from vae.seeding import generator
 
@@ -203,7 +203,7 @@ def sprites(
         bits = render_grid(values, size)
     else:
         name = hashlib.blake2b(repr((DRAWING, values)).encode(), digest_size=6).hexdigest()
-        folder = Path(cache).expanduser() if cache else cache_folder()
+        folder = expanded(cache) if cache else cache_folder()
         bits = cached_bits(folder / f"sprites-{size}-{name}.bits", shape, lambda: render_grid(values, size))
     return split_grid(FactorGrid(bits, values, size), val_size, test_size, seed)
 
@@ -291,12 +291,12 @@ def dsprites(
 
     Raises VAEError if the file is not the published one: by its MD5, and by its shape and number of white pixels.
     """
-    path = fetch(Path(root).expanduser() / "dsprites" / DSPRITES_FILE, [DSPRITES_URL], DSPRITES_MD5)
+    path = fetch(expanded(root) / "dsprites" / DSPRITES_FILE, [DSPRITES_URL], DSPRITES_MD5)
     check(path, DSPRITES_MD5)
     whole, values = chosen_values(None), chosen_values(subset)
     sizes = tuple(FACTORS.values())
     shape = (math.prod(sizes), 512)
-    folder = Path(cache).expanduser() if cache else cache_folder()
+    folder = expanded(cache) if cache else cache_folder()
     bits = cached_bits(
         folder / f"dsprites-{DSPRITES_MD5[:8]}.bits", shape, lambda: packed_npz(path, shape[0], WHITE_PIXELS)
     )

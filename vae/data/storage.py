@@ -29,7 +29,21 @@ TIMEOUT = 20  # seconds without an answer before a server counts as out of reach
 def cache_folder() -> Path:
     """Where derived files may be kept: $VAE_CACHE_DIR, otherwise `vae` in the user's cache folder."""
     own = os.environ.get("VAE_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vae"
+    return expanded(own) if own else expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vae"
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with ~ and ~user replaced. Raises VAEError for a user who does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise VAEError(f"{path} begins with the home folder of a user who does not exist.") from error
+
+
+def require_regular(path: Path) -> None:
+    """Raises VAEError where something else than a file is in its place: a pipe or a device would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise VAEError(f"{path} is not a regular file.")
 
 
 @contextmanager
@@ -49,6 +63,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def check(path: Path, md5: str) -> None:
     """Raises VAEError naming the file if it is missing, unreadable or has another MD5."""
+    require_regular(path)
     try:
         with open(path, "rb") as file:
             digest = hashlib.md5(usedforsecurity=False)
@@ -67,6 +82,7 @@ def fetch(path: Path, urls: Sequence[str], md5: str) -> Path:
 
     Raises VAEError saying what was looked for, where, and what to do.
     """
+    require_regular(path)
     if path.exists():
         return path
     with locked(path):

@@ -67,6 +67,7 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
         torch.manual_seed(derive(config.seed, "init"))
         objective: Objective = instantiate(config.objective)
         vae = assemble(config, image_facts(data, objective), images, instantiate)
+        data.require_fit(vae.likelihood)
         objective.setup(vae, data)
     if config.model.output_bias_from_data:
         vae.decoder.set_output_bias(vae.likelihood.bias_for_mean(data.train_mean()))

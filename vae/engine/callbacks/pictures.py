@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -96,8 +98,26 @@ def latent_space(mean: Tensor, kl: Tensor, labels: Tensor | None) -> Tensor:
 def grid(images: Tensor, columns: int, padding: int = 1) -> Tensor:
     """Images (N, C, H, W) in [0, 1] as one picture; small ones are enlarged without smoothing, so that pixels show."""
     enlarge = max(1, 32 // images.shape[-2])
-    images = images.clamp(0, 1).repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
+    images = as_rgb(images).repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
     return make_grid(images, nrow=columns, padding=padding * max(1, enlarge // 2), pad_value=0.5).cpu()
+
+
+def as_rgb(images: Tensor) -> Tensor:
+    """Images (N, C, H, W), cut to [0, 1], as a screen shows them, (N, 3, H', W').
+
+    One channel is grey, three are red, green and blue, and a fourth is their opacity, before white. Of any other number
+    each is a grey map of its own: side by side in rows, as near to a square as they go, what is left over half grey.
+    """
+    images = images.clamp(0, 1)
+    channels = images.shape[1]
+    if channels == 4:
+        images = images[:, 3:] * images[:, :3] + (1 - images[:, 3:])
+    elif channels not in (1, 3):
+        columns = math.ceil(channels**0.5)
+        rows = math.ceil(channels / columns)
+        maps = F.pad(images, (0, 0, 0, 0, 0, rows * columns - channels), value=0.5).unflatten(1, (rows, columns))
+        images = maps.permute(0, 1, 3, 2, 4).flatten(1, 2).flatten(2).unsqueeze(1)
+    return images.expand(-1, 3, -1, -1)
 
 
 def draw(figure: Figure) -> Tensor:
@@ -159,14 +179,12 @@ class Pictures(pl.Callback):
         if writer is not None:
             with torch.no_grad():
                 mean = module.vae.encode(examples.x, examples.y).mean
-            mean = torch.nn.functional.pad(
-                mean, (0, max(0, 3 - mean.shape[1]))
-            )  # the projector shows no fewer than three
+            mean = F.pad(mean, (0, max(0, 3 - mean.shape[1])))  # the projector shows no fewer than three
             labels = examples.y.tolist() if examples.y is not None else None
             header = None
             if labels and isinstance(labels[0], list):
                 header = [f"factor {i}" for i in range(len(labels[0]))]
-            thumbnails = torch.nn.functional.interpolate(examples.x.cpu(), size=32, mode="nearest")
+            thumbnails = F.interpolate(as_rgb(examples.x.cpu()), size=32, mode="nearest")
             writer.add_embedding(
                 mean.cpu(), labels, thumbnails, module.steps, "posterior_means", metadata_header=header
             )
