@@ -118,7 +118,7 @@ def choose_weights(trainer: pl.Trainer, objective: Objective) -> Best:
     found = [callback for callback in trainer.callbacks if isinstance(callback, Best)]
     if len(found) != 1:
         raise VAEError(
-            "callbacks.checkpoint must be vae.engine.checkpoints.Best, which keeps the weights that are tested and loaded."
+            "A run needs one callbacks.checkpoint, a vae.engine.checkpoints.Best: it keeps the weights that are tested and loaded."
         )
     if objective.loss_moves:
         for callback in trainer.callbacks:
