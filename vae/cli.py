@@ -68,9 +68,13 @@ def command_line() -> str:
 
 @contextlib.contextmanager
 def sentences() -> Iterator[None]:
-    """Tell a VAEError as its one sentence and exit with code 1; anything else is a defect and keeps its traceback."""
+    """Tell a VAEError as its one sentence and exit with code 1, and Ctrl-C as what it is with 130, as shells have it;
+    anything else is a defect and keeps its traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
     except VAEError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)

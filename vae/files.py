@@ -37,6 +37,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         raise
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left below `folder`, where nobody else may be writing."""
+    for temporary in folder.rglob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an exception, or one that led to it, says that a disk or a quota is full."""
     while error is not None:

@@ -48,4 +48,5 @@ def main(config: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with sentences():
+        main()

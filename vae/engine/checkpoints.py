@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from vae.engine.module import is_ending
 from vae.engine.stored import read_checkpoint
 from vae.errors import VAEError
 from vae.files import write_atomically
+from vae.objectives.elbo import Objective
 
 
 def load_weights(module: pl.LightningModule, path: Path) -> dict[str, Any]:
@@ -40,38 +43,121 @@ class CheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
+class Best(pl.callbacks.Checkpoint):
+    """Keeps checkpoints/best.ckpt: the weights that are tested, and that every later command loads.
+
+    They are those of the validation at which `monitor` was lowest, or highest with mode="max". With monitor=None they
+    are the last that were validated, and so they are wherever the validation loss moves (`Objective.loss_moves`): see
+    `choose_weights`. Raises VAEError for a monitor that is not of the validation split.
+    """
+
+    def __init__(self, monitor: str | None = "val/loss", mode: str = "min") -> None:
+        if monitor is not None and not monitor.startswith("val/"):
+            raise VAEError(f"callbacks.checkpoint.monitor={monitor} is not of the validation split, as val/loss is.")
+        if mode not in ("min", "max"):
+            raise VAEError(f"callbacks.checkpoint.mode={mode} must be min or max.")
+        self.monitor, self.mode = monitor, mode
+        self.score = self.loss = math.nan  # of the weights that are kept: of the monitor, and val/loss
+
+    def state_dict(self) -> dict[str, float]:
+        return {"score": self.score, "loss": self.loss}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.score, self.loss = state_dict["score"], state_dict["loss"]
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        for name, state in checkpoint["callbacks"].items():
+            if name.startswith("ModelCheckpoint") and state["monitor"] == self.monitor == "val/loss":
+                self.score = self.loss = float(state["best_model_score"])  # an earlier version's, best.ckpt being there
+
+    def _is_better(self, score: float) -> bool:
+        if self.monitor is None or math.isnan(self.score):
+            return True
+        return score > self.score if self.mode == "max" else score < self.score
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self.monitor not in (None, *trainer.callback_metrics):
+            known = ", ".join(name for name in trainer.callback_metrics if name.startswith("val/"))
+            raise VAEError(f"callbacks.checkpoint.monitor={self.monitor} is not measured: choose one of {known}.")
+        score = float(trainer.callback_metrics[self.monitor or "val/loss"])
+        if self._is_better(score):
+            self.score, self.loss = score, float(trainer.callback_metrics["val/loss"])
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Early stopping may end a run on an epoch that nobody was to validate."""
+        if trainer.should_stop and module.validated != module.steps:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+
+def choose_weights(trainer: pl.Trainer, objective: Objective) -> Best:
+    """What keeps a run's best weights, told the one rule by which they are chosen.
+
+    They are those with the best validation loss where that is of one objective throughout; where it moves, losses of two
+    epochs do not compare, and the last weights are kept. A monitor of one's own choice is left as it is. Raises VAEError
+    where early stopping would compare losses that move, and where nothing keeps the weights.
+    """
+    found = [callback for callback in trainer.callbacks if isinstance(callback, Best)]
+    if len(found) != 1:
+        raise VAEError(
+            "A run needs one callbacks.checkpoint, a vae.engine.checkpoints.Best: it keeps the weights that are tested."
+        )
+    if objective.loss_moves:
+        for callback in trainer.callbacks:
+            if getattr(callback, "monitor", None) == "val/loss" and isinstance(callback, pl.callbacks.EarlyStopping):
+                raise VAEError(
+                    f"{type(callback).__name__} watches val/loss, which moves: {objective.loss_moves}. Let it watch what does "
+                    "not, as with callbacks.early_stopping.monitor=val/distortion."
+                )
+        if found[0].monitor == "val/loss":
+            found[0].monitor = None
+    return found[0]
+
+
 class Interruptible(pl.callbacks.Checkpoint):
     """Saves checkpoints/last.ckpt once `every_n_seconds` have passed or every `every_n_steps`, and when training ends.
 
-    So much work is lost at most. A `Checkpoint`, so that Lightning calls it after the callback that keeps the best
-    weights, whose state is saved too. Its own state is the seconds that the run has cost, earlier attempts included.
+    So much work is lost at most. A `Checkpoint`, so that Lightning calls it after `Best`, whose state is saved too. Its
+    own state is the seconds that the run has cost, earlier attempts included, and whether a callback has stopped it.
     """
 
     def __init__(self, every_n_seconds: float | None = 30, every_n_steps: int | None = None) -> None:
         self.every_n_seconds, self.every_n_steps = every_n_seconds, every_n_steps
         self._saved = self._started = time.monotonic()
-        self._before = 0.0
+        self._before, self._stopped = 0.0, False
 
-    def state_dict(self) -> dict[str, float]:
-        return {"seconds": self._before + time.monotonic() - self._started}
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._before + time.monotonic() - self._started, "stopped": self._stopped}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        self._before = state_dict["seconds"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before, self._stopped = state_dict["seconds"], state_dict.get("stopped", False)
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.should_stop = self._stopped
 
     def _save_if_due(self, trainer: pl.Trainer, module: pl.LightningModule, ending: bool = False) -> None:
         due = self.every_n_steps is not None and module.steps % self.every_n_steps == 0
         due = due or (self.every_n_seconds is not None and time.monotonic() - self._saved >= self.every_n_seconds)
         if due or ending:
             module.refuse_divergence()
+            # What stopped a run has no state that says so. A time that is up does not count: a run may be given more of it.
+            timed = any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)
+            self._stopped = trainer.should_stop and not timed
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
             self._saved = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # validation follows that one at once
-            self._save_if_due(trainer, module)
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not is_ending(trainer):
+            self._save_if_due(trainer, module)  # after those two validation follows at once
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-            last_step = 0 <= trainer.max_steps <= trainer.global_step
-            self._save_if_due(trainer, module, ending=last_epoch or last_step or trainer.should_stop)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_if_due(trainer, module, ending=is_ending(trainer))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.should_stop:  # early stopping decides this late
+            self._save_if_due(trainer, module, ending=True)

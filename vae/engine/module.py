@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vae.data.images import Batch
 from vae.data.module import BatchLoader
+from vae.engine.callbacks.records import take_back
 from vae.errors import VAEError
 from vae.evaluation.likelihood import ELBOTotals, bits_per_dim, check_samples, nll, parts_of
 from vae.evaluation.work import Work, no_tick
@@ -24,10 +25,10 @@ class VAEModule(pl.LightningModule):
     """Trains `vae` by `objective`.
 
     optimizer: parameters -> Optimizer; lr_schedule: optimizer -> scheduler, stepped each epoch. Every draw follows from
-    the batch's seed. Terms are summed on the device and their mean is logged every `log_every_n_steps`; validation
-    and test report `elbo`, `rate`, `distortion`, `bits_per_dim` and `active_units`, the test also `nll_iwK`
-    with K = `nll_samples`. Of a model that sums its label out these are of p(x), and `elbo_given_label` and so on of p(x|y).
-    Raises VAEError as soon as a loss that is not finite is noticed.
+    the batch's seed. Terms are summed on the device and their mean over images is logged every `log_every_n_steps`; whatever
+    step a run ends on is followed by a validation. Validation and test report `elbo`, `rate`, `distortion`, `bits_per_dim`
+    and `active_units`, the test also `nll_iwK` with K = `nll_samples`. Of a model that sums its label out these are of p(x),
+    and `elbo_given_label` and so on of p(x|y). Raises VAEError as soon as a loss that is not finite is noticed.
     """
 
     def __init__(
@@ -45,10 +46,14 @@ class VAEModule(pl.LightningModule):
         self.progress_bar = False  # of the test's bound, which may be long
         self.logged = False  # anything, by this module or a callback, since the loop last looked
         self.steps = 0  # batches trained on; unlike Lightning's counter, one a batch whatever the optimisers do
-        self.kl_per_dimension: Tensor | None = None  # of the last validation, for pictures
+        self.validated = 0  # `steps` at the last validation
+        self.validation: dict[str, Tensor] = {}  # what it measured
+        self.kl_per_dimension: Tensor | None = None  # of the last validation or test
         self.epoch_means = Means()  # of the training terms, over the current or last epoch
         self._since_log = Means()
-        self._open: list[dict[str, Tensor]] = []  # the terms of the steps that are in neither mean yet
+        self._open: list[
+            tuple[int, dict[str, Tensor]]
+        ] = []  # images and terms of the steps that are in neither mean yet
 
     def __setattr__(self, name: str, value: Any) -> None:
         # set several times a step, and an nn.Module takes its time over each
@@ -72,6 +77,11 @@ class VAEModule(pl.LightningModule):
 
     # --- training ---------------------------------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        self.trainer.callback_metrics.update(self.validation)  # early stopping may look before the next validation
+        if self.steps:
+            take_back(self.trainer.loggers, self.steps)
+
     def on_train_epoch_start(self) -> None:
         self.epoch_means = Means()
 
@@ -81,16 +91,28 @@ class VAEModule(pl.LightningModule):
         self.objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
         # Nothing is added up, and nothing waits for the device, until the window ends. Copies, because a term may be a
         # buffer that changes, and a captured graph writes its results to the same place each time.
-        self._open.append({name: value.detach().clone() for name, value in terms.items()})
+        self._open.append((len(batch.x), {name: value.detach().clone() for name, value in terms.items()}))
         self.steps += 1
         if self.steps % self.trainer.log_every_n_steps == 0:
             self._log_window()
         return terms["loss"]
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        if is_ending(self.trainer):
+            self.trainer.check_val_every_n_epoch = self.trainer.val_check_batch = 1
+
     def _log_window(self) -> None:
         self._end_part()
-        self.log_dict(self._training_terms(self._since_log))
+        self._record(self._training_terms(self._since_log), self.steps - 1)
         self._since_log = Means()
+
+    def _record(self, metrics: dict[str, Tensor], step: int) -> None:
+        """Let callbacks know of metrics, and write them to the loggers at once: before a checkpoint says they are."""
+        self.log_dict(metrics, logger=False)
+        for logger in self.trainer.loggers:
+            numbers = {name: float(value) for name, value in metrics.items()}
+            logger.log_metrics({**numbers, "epoch": self.current_epoch}, step)
+            logger.save()
 
     def _training_terms(self, means: Means) -> dict[str, Tensor]:
         terms = means.compute()
@@ -98,21 +120,23 @@ class VAEModule(pl.LightningModule):
         return {f"train/{name}": value for name, value in terms.items()}
 
     def epoch_terms(self) -> dict[str, float]:
-        """Means of the training terms over the last epoch."""
+        """Means of the training terms over the images of the last epoch."""
+        self._end_part()  # a run that is resumed at its end has no epoch end any more
         return {name: float(value) for name, value in self._training_terms(self.epoch_means).items()}
 
     def _end_part(self) -> None:
         self.refuse_divergence()
+        images = torch.tensor([images for images, _ in self._open], device=self.device)
         part = Means()
-        part.sums = {name: self._noted(name).sum() for name in dict.fromkeys(n for terms in self._open for n in terms)}
-        part.count = len(self._open)
+        part.sums = {name: (images * self._noted(name)).sum() for name in (self._open[0][1] if self._open else ())}
+        part.count = sum(images for images, _ in self._open)
         self.epoch_means.merge(part)
         self._since_log.merge(part)
         self._open = []
 
     def _noted(self, name: str) -> Tensor:
         """A term of the steps of this part, (steps,); a checkpoint brings some of them back on the CPU."""
-        return torch.stack([terms[name].to(self.device) for terms in self._open if name in terms])
+        return torch.stack([terms[name].to(self.device) for _, terms in self._open])
 
     def on_train_epoch_end(self) -> None:
         self._end_part()
@@ -142,14 +166,15 @@ class VAEModule(pl.LightningModule):
             terms = self.objective(self.vae, batch, noise, self.steps)
         self._terms.add(terms, weight=len(batch.x))
 
-    def _measured(self) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Tensor]:
         """The objective's own terms, and over them what is measured alike for every objective."""
+        self.kl_per_dimension = self._totals.kl_per_dimension()
         terms, totals = self._terms.compute(), self._totals.compute()
         if self.vae.latent_label:  # of p(x) are the objective's; one pass with the true label tells of p(x|y)
             terms["bits_per_dim"] = bits_per_dim(terms["elbo"], self._totals.pixels)
             for name in ("elbo", "distortion", "rate", "bits_per_dim"):
                 totals[f"{name}_given_label"] = totals.pop(name)
-        return {**terms, **totals}
+        return {name: torch.as_tensor(value) for name, value in {**terms, **totals}.items()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._measure(batch)
@@ -160,8 +185,9 @@ class VAEModule(pl.LightningModule):
             raise VAEError(
                 f"The validation loss is {float(metrics['loss'])} after step {self.steps}: the run has diverged."
             )
-        self.kl_per_dimension = self._totals.kl_per_dimension()
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()})
+        self.validated = self.steps
+        self.validation = {f"val/{name}": value for name, value in metrics.items()}
+        self._record(self.validation, self.steps - 1)
 
     def on_test_epoch_start(self) -> None:
         self._totals, self._terms = ELBOTotals(), Means()
@@ -187,12 +213,14 @@ class VAEModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._work.close()
         metrics = {**self._measured(), **self._log_likelihood.compute()}
-        self.log_dict({f"test/{name}": value for name, value in metrics.items()})
+        self._record({f"test/{name}": value for name, value in metrics.items()}, self.steps)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["steps"] = self.steps
+        checkpoint["validated"], checkpoint["validation"] = self.validated, self.validation
+        checkpoint["kl_per_dimension"] = self.kl_per_dimension
         checkpoint["means"] = [self.epoch_means.state_dict(), self._since_log.state_dict()]
         checkpoint["open"] = list(self._open)
 
@@ -201,6 +229,25 @@ class VAEModule(pl.LightningModule):
         for means, state in zip((self.epoch_means, self._since_log), checkpoint["means"], strict=True):
             means.load_state_dict(state)
         self._open = list(checkpoint["open"])
+        if "validated" not in checkpoint:  # of an earlier version, which weighed all steps alike
+            size = self.trainer.datamodule.batch_size
+            self._open = [(size, terms) for terms in self._open]
+            for means in (self.epoch_means, self._since_log):
+                means.scale(size)
+            return
+        self.validated, self.validation = checkpoint["validated"], checkpoint["validation"]
+        self.kl_per_dimension = checkpoint["kl_per_dimension"]
+
+
+def is_ending(trainer: pl.Trainer) -> bool:
+    """Whether the batch that was just trained on is the last of the run, as far as can be told before its epoch ends."""
+    loop = trainer.fit_loop
+    last_epoch = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
+    return (
+        (last_epoch and loop.epoch_loop.batch_progress.is_last_batch)
+        or 0 <= trainer.max_steps <= trainer.global_step
+        or (trainer.should_stop and loop._can_stop_early)
+    )
 
 
 class Means:
@@ -219,6 +266,9 @@ class Means:
         for name, value in other.sums.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.count += other.count
+
+    def scale(self, factor: int) -> None:
+        self.sums, self.count = {name: factor * value for name, value in self.sums.items()}, factor * self.count
 
     def compute(self) -> dict[str, Tensor]:
         return {name: value / self.count for name, value in self.sums.items()}

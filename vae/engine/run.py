@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,7 +17,7 @@ from vae.cli import TRANSIENT
 from vae.data.images import Splits
 from vae.data.module import ImageDataModule
 from vae.engine.build import build
-from vae.engine.checkpoints import load_weights, seconds_before
+from vae.engine.checkpoints import choose_weights, load_weights, seconds_before
 from vae.engine.folder import (
     continues,
     discard,
@@ -30,11 +32,11 @@ from vae.engine.folder import (
     without_data_root,
 )
 from vae.engine.module import Means, VAEModule
-from vae.engine.trainer import build_trainer, keep_last_under_feedback, set_threads
+from vae.engine.trainer import build_trainer, set_threads
 from vae.errors import VAEError
 from vae.evaluation.measures import MEASURES, check_options
 from vae.evaluation.work import Work
-from vae.files import is_disk_full, write_json, write_text
+from vae.files import is_disk_full, remove_leftovers, write_json, write_text
 from vae.objectives.labels import require_labels
 
 
@@ -87,6 +89,8 @@ def train(
                 error = VAEError(f"There is no space left on the disk to write to {folder}.")
             status["state"] = "failed"
             status["reason"] = str(error) if isinstance(error, VAEError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyboardInterrupt):
+                status["reason"] = "interrupted"
             raise error
         finally:
             status["seconds"] = before + time.monotonic() - started
@@ -99,36 +103,49 @@ def train(
 def _fit_and_test(
     config: DictConfig, folder: Path, overrides: list[str], checkpoint: Path | None, progress_bar: bool
 ) -> tuple[dict[str, float], int]:
+    remove_leftovers(folder)
     data, module = build(config)
     write_json(folder / "facts.json", facts(config, data, module, overrides))
     module.progress_bar = progress_bar
     trainer = build_trainer(config, folder, tuple(overrides), progress_bar)
-    if trainer.max_epochs == 0:
-        raise VAEError("trainer.max_epochs=0 leaves nothing to train: ask for at least 1.")
-    keep_last_under_feedback(trainer, module.objective)
-    trainer.fit(module, data, ckpt_path=checkpoint)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise VAEError(f"trainer.{name}=0 leaves nothing to train: ask for at least 1.")
+    if trainer.limit_val_batches == 0:  # no validation while training; what was trained is validated all the same
+        trainer.limit_val_batches, trainer.check_val_every_n_epoch = 1.0, sys.maxsize
+    best = choose_weights(trainer, module.objective)
+    with interruptions(trainer):
+        trainer.fit(module, data, ckpt_path=checkpoint)
     metrics = module.epoch_terms()
     for callback in trainer.callbacks:
         metrics.update(getattr(callback, "metrics", {}))
     metrics.update(_floats(trainer.callback_metrics, "val/"))
 
-    saved = trainer.checkpoint_callback
-    if saved is not None and saved.best_model_path:
-        best = load_weights(module, Path(saved.best_model_path))
-        metrics["val/best_loss"] = metrics["val/loss"] if saved.monitor is None else float(saved.best_model_score)
-        metrics["val/best_epoch"] = float(best["epoch"])
-    epochs = trainer.current_epoch
-    trainer.test(module, data, verbose=False)
+    metrics["val/best_loss"] = best.loss
+    metrics["val/best_epoch"] = float(load_weights(module, folder / "checkpoints" / "best.ckpt")["epoch"])
+    epochs = -(-module.steps // trainer.num_training_batches)
+    with interruptions(trainer):
+        trainer.test(module, data, verbose=False)
     metrics.update(_floats(trainer.callback_metrics, "test/"))
     write_json(folder / "metrics.json", metrics)
     return metrics, epochs
 
 
+@contextlib.contextmanager
+def interruptions(trainer: pl.Trainer) -> Iterator[None]:
+    """Raises KeyboardInterrupt where Lightning, after Ctrl-C, leaves the process or goes on as if nothing were."""
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
 def best_loss(metrics: dict[str, float]) -> float:
     """The validation loss of the weights that were tested, in nats."""
-    return metrics.get("val/best_loss", metrics["val/loss"])
+    return metrics["val/best_loss"]
 
 
 def _floats(metrics: dict[str, Any], prefix: str) -> dict[str, float]:

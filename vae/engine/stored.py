@@ -16,8 +16,21 @@ MOVED = {
 }
 
 
+#: Classes of Lightning's that configs of earlier versions name -> what stands there now, and its options by default.
+REPLACED = {
+    "pytorch_lightning.callbacks.ModelCheckpoint": (
+        "vae.engine.checkpoints.Best",
+        {"monitor": "val/loss", "mode": "min"},
+    ),
+    "pytorch_lightning.loggers.CSVLogger": ("vae.engine.callbacks.records.CSVLogger", {"_partial_": True}),
+}
+
+
 def renewed(config: Any) -> Any:
     """`config`, plain dicts and lists, with the `_target_`s that an earlier version stored where they are today."""
+    if isinstance(config, dict) and config.get("_target_") in REPLACED and config.get("filename", "best") == "best":
+        target, options = REPLACED[config["_target_"]]
+        return {"_target_": target, **{key: config.get(key, default) for key, default in options.items()}}
     if isinstance(config, dict):
         if str(config.get("_target_")).startswith("vae.objectives."):
             config = {key: value for key, value in config.items() if key != "_partial_"}  # what `setup` does today

@@ -20,7 +20,6 @@ from vae.engine.checkpoints import CheckpointIO
 from vae.engine.folder import settings
 from vae.engine.lean import Compile, NoProfiler, make_lean
 from vae.errors import VAEError
-from vae.objectives.elbo import Objective
 
 
 def quiet_lightning() -> None:
@@ -34,7 +33,6 @@ def quiet_lightning() -> None:
         ".*`isinstance.treespec, LeafSpec.`.*",
         ".*Checkpoint directory.*exists.*",
         ".*logs directory.*exists and is not empty.*",
-        ".*could not find the monitored key.*",  # before the first validation after resuming; later it is an error
     ):
         warnings.filterwarnings("ignore", noise)
 
@@ -83,25 +81,6 @@ def stay_inside(folder: Path, trainer: pl.Trainer) -> None:
         for path in paths:
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise VAEError(f"{group}: {path} is outside the run's folder, {folder}, and would not be kept with it.")
-
-
-def keep_last_under_feedback(trainer: pl.Trainer, objective: Objective) -> None:
-    """With a controller for the weight on the KL, losses of two epochs are of two objectives: the last weights are kept.
-
-    Raises VAEError where early stopping would compare them.
-    """
-    if not objective.schedule.learns:
-        return
-    controller = type(objective.schedule).__name__
-    for callback in trainer.callbacks:
-        if getattr(callback, "monitor", None) != "val/loss":
-            continue
-        if not isinstance(callback, pl.callbacks.ModelCheckpoint):
-            raise VAEError(
-                f"{type(callback).__name__} watches val/loss, in which {controller} changes the weight on the KL: let it watch "
-                "what does not change, as with callbacks.early_stopping.monitor=val/distortion."
-            )
-        callback.monitor = None
 
 
 def compared(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,10 @@ class Capacity(SinglePass):
     Burgess et al. 2018, equation 8: capacity 25, gamma 1000, schedule Linear over 100,000 steps. Where gamma is above
     -d distortion / d rate at C, the rate settles at C itself. Raises VAEError for a negative option, or a feedback
     controller as schedule, which would move the target by what it observes.
+
+    The weights that are tested are those of the lowest validation loss, as ever, with C where the schedule ends. At gamma
+    1000 they are of the epoch whose rate is nearest to C, whatever its distortion; callbacks.checkpoint.monitor=val/elbo
+    with callbacks.checkpoint.mode=max chooses by the bound instead.
     """
 
     def __init__(self, capacity: float = 25.0, gamma: float = 1000.0, schedule: nn.Module | None = None) -> None:

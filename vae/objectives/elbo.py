@@ -25,7 +25,7 @@ class Objective(nn.Module):
     "loss" is the only term with a gradient; "distortion", "rate" and "elbo" are always there, the ELBO at beta = 1
     whatever the weight. The weight on the KL is `beta * schedule(step)` in training; validation uses the weight that the
     schedule ends on, so that losses of different epochs can be compared. A controller ends on nothing: what it says by
-    then is used, and losses cannot be compared.
+    then is used, and `loss_moves` says so.
     """
 
     #: Options of the parameter group that holds the objective's own parameters, where it has any.
@@ -41,6 +41,16 @@ class Objective(nn.Module):
             raise VAEError(f"objective.beta={beta} must be zero or more.")
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.schedule = Constant() if schedule is None else schedule
+
+    @property
+    def loss_moves(self) -> str | None:
+        """Why validation losses of two epochs are of two objectives, or None where they are of one and can be compared.
+
+        What moves chooses no weights: the last are tested then, and early stopping must not watch the loss. A schedule
+        by the clock moves nothing, since validation uses what it ends on; a controller does, and so does a network that
+        the objective trains against the VAE, whose verdict of one epoch is not that of another.
+        """
+        return f"{type(self.schedule).__name__} changes the weight on the KL" if self.schedule.learns else None
 
     def setup(self, vae: VAE, data: ImageDataModule) -> None:
         """Called once, before training and before weights are loaded: the place to make modules whose size follows from

@@ -181,13 +181,16 @@ class FactorVAE(Objective):
     A discriminator that tells q(z) from prod_j q(z_j) perfectly well has the log-ratio of both as its logit, whose mean
     under q(z) is TC. One backward pass trains both: the VAE's loss sees the discriminator's parameters detached, the
     discriminator's cross-entropy sees z detached. The second is logged as `discriminator_loss` (log 2 when it cannot
-    tell) and its value is left out of "loss", which is the VAE's alone.
+    tell) and its value is left out of "loss", which is the VAE's alone. That holds the TC that the discriminator of the
+    moment sees, so that it moves (`loss_moves`) and the last weights are tested.
 
     separate_batches: the paper draws a second batch for the permuted codes; here the first half of each batch makes the
     real codes and the second half the permuted ones, while all of it trains the VAE. False permutes the same codes, as
     Locatello et al. 2019 do; so does a batch of one. The discriminator has an optimiser's options of its own (Adam
     1e-4, betas 0.5, 0.9) and any prior and posterior will do.
     """
+
+    loss_moves = "the discriminator that judges the total correlation is another each epoch"
 
     def __init__(
         self,

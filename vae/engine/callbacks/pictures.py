@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from vae.engine.module import VAEModule
-from vae.files import write_atomically
+from vae.engine.module import VAEModule, is_ending
+from vae.files import is_disk_full, write_atomically
 from vae.model import VAE
 from vae.seeding import generator
 
@@ -158,22 +161,28 @@ def all_pictures(module: VAEModule, examples: Any) -> dict[str, Tensor]:
 class Pictures(pl.Callback):
     """Draws every `every_n_epochs` from the validation split, and once more from the weights that are tested.
 
-    The last set also fills TensorBoard's projector: posterior means with thumbnails and labels of `points` images.
+    Dimensions are shown by their KL, which is that of the validation just made, and of the test in the last set. That
+    also fills TensorBoard's projector: posterior means with thumbnails and labels of `points` images. Pictures come after
+    the checkpoints of their epoch, and one that cannot be drawn is a warning: it does not cost the training.
     """
 
     def __init__(self, every_n_epochs: int = 10, points: int = 1000) -> None:
         self.every_n_epochs, self.points = every_n_epochs, points
-        self._drawn = 0  # epochs finished when pictures were last drawn
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
-        epoch = trainer.current_epoch + 1
-        last = epoch == trainer.max_epochs  # drawn when the run is tested
-        due = epoch // self.every_n_epochs > self._drawn // self.every_n_epochs  # validation may skip the very epoch
-        if trainer.state.fn == "fit" and due and not last:
-            self._drawn = epoch
-            self._draw(trainer, module)
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
+        epoch, apart = trainer.current_epoch + 1, trainer.check_val_every_n_epoch or 1
+        due = (
+            epoch // self.every_n_epochs > (epoch - apart) // self.every_n_epochs
+        )  # validation may skip the very epoch
+        if due and module.validated == module.steps and not is_ending(trainer):  # the end's are drawn when it is tested
+            with a_warning_at_most():
+                self._draw(trainer, module)
 
     def on_test_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
+        with a_warning_at_most():
+            self._draw_last(trainer, module)
+
+    def _draw_last(self, trainer: pl.Trainer, module: VAEModule) -> None:
         examples = self._draw(trainer, module)
         writer = tensorboard_writer(trainer)
         if writer is not None:
@@ -192,18 +201,31 @@ class Pictures(pl.Callback):
     @torch.no_grad()
     def _draw(self, trainer: pl.Trainer, module: VAEModule) -> Any:
         training = module.training
-        module.eval()
         examples = module.transfer_batch_to_device(trainer.datamodule.examples("val", self.points), module.device, 0)
         writer = tensorboard_writer(trainer)
-        for name, picture in all_pictures(module, examples).items():
+        try:
+            pictures = all_pictures(module.eval(), examples)
+        finally:
+            module.train(training)
+        for name, picture in pictures.items():
             path = Path(trainer.default_root_dir) / "pictures" / f"{name}.png"
             png = io.BytesIO()
             to_png(picture).save(png, "PNG")
             write_atomically(path, lambda file, png=png: file.write(png.getvalue()))
             if writer is not None:
                 writer.add_image(name, picture, module.steps)
-        module.train(training)
         return examples
+
+
+@contextlib.contextmanager
+def a_warning_at_most() -> Iterator[None]:
+    """Whatever is wrong with a picture is said and passed over, but for a full disk, which is wrong with more than that."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise
+        logging.getLogger(__name__).warning(f"Pictures could not be drawn ({type(error).__name__}: {error}).")
 
 
 def tensorboard_writer(trainer: pl.Trainer) -> Any | None:
