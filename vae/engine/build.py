@@ -82,10 +82,33 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
         vae,
         objective,
         optimizer=instantiate(config.optimizer),
-        lr_schedule=instantiate(config.lr_schedule) or None,
+        lr_schedule=for_length(instantiate(config.lr_schedule), config.trainer, data),
         nll_samples=config.evaluation.nll_samples,
     )
     return data, module
+
+
+def run_length(trainer: DictConfig, data: ImageDataModule) -> tuple[float, float]:
+    """The most batches and epochs that these options of Lightning's Trainer train for; infinite where nothing ends them."""
+    batches = len(data.train_dataloader())
+    limit = trainer.get("limit_train_batches")
+    if limit is not None:  # a number of them, or a part
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    together = trainer.get("accumulate_grad_batches") or 1  # batches a step of the optimiser
+    epochs, steps = (math.inf if value in (None, -1) else value for value in (trainer.max_epochs, trainer.max_steps))
+    epochs = min(epochs, math.ceil(steps / math.ceil(batches / together)) if steps < math.inf else steps)
+    return min(epochs * batches, steps * together), epochs
+
+
+def for_length(
+    make: Callable[..., Any] | None, trainer: DictConfig, data: ImageDataModule
+) -> Callable[..., Any] | None:
+    """A learning rate schedule that asks for `epochs` and was given none gets those of the run."""
+    if not make:
+        return None
+    if "epochs" in inspect.signature(make.func).parameters and make.keywords.get("epochs") is None:
+        return functools.partial(make, epochs=run_length(trainer, data)[1])
+    return make
 
 
 def facts_for(objective: functools.partial, vae: VAE, data: ImageDataModule) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from vae.engine.loggers import log_picture
 from vae.engine.module import VAEModule
 from vae.files import write_atomically
 from vae.model import VAE
@@ -176,14 +177,13 @@ class Pictures(pl.Callback):
         training = module.training
         module.eval()
         examples = module.transfer_batch_to_device(trainer.datamodule.examples("val", self.points), module.device, 0)
-        writer = tensorboard_writer(trainer)
         for name, picture in all_pictures(module, examples).items():
             path = Path(trainer.default_root_dir) / "pictures" / f"{name}.png"
             png = io.BytesIO()
             to_png(picture).save(png, "PNG")
             write_atomically(path, lambda file, png=png: file.write(png.getvalue()))
-            if writer is not None:
-                writer.add_image(name, picture, module.steps)
+            for logger in trainer.loggers:
+                log_picture(logger, name, picture, module.steps)
         module.train(training)
         return examples
 
