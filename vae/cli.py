@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from vae.errors import VAEError
@@ -40,17 +42,51 @@ def run_folder(chosen: str | None, name: str) -> str:
 
 
 def run_name(overrides: str, number: int) -> str:
-    """The folder of a run within its sweep, from what varies; a name that a file system accepts, inside the sweep."""
-    name = re.sub(r"[^\w.,=+-]+", "_", overrides).strip("._") or str(number)
-    if len(name) > 150:
-        name = f"{name[:130]}-{hashlib.blake2b(overrides.encode(), digest_size=6).hexdigest()}"
-    return name
+    """The folder of a run within its sweep, from what varies: a name that a file system accepts, inside the sweep, and
+    one that no other overrides have."""
+    name = re.sub(r"[^\w.,=+-]+", "_", overrides).strip("._")
+    long = len(name.encode()) > 150  # file systems allow 255 bytes
+    if long or name != overrides:
+        cut = name.encode()[:130].decode(errors="ignore") if long else name
+        name = f"{cut}-{hashlib.blake2b(overrides.encode(), digest_size=6).hexdigest()}"
+    return name if overrides else str(number)
 
 
 # The interpolations that conf/train.yaml names its folders with. Registered on import, because the worker processes of a
 # parallel sweep import this module but never run an entry point.
 OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
+def resuming(resume: bool | str) -> bool | str:
+    """What `resume` asks for: False, True or "restart". A job that Slurm has requeued goes on with what it had begun.
+
+    Raises VAEError for anything else.
+    """
+    if resume not in (False, True, "restart"):
+        raise VAEError(f"resume={resume} is unknown: choose false, true or restart.")
+    return True if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else resume
+
+
+def quote_run() -> None:
+    """Let `run=FOLDER` on this process's command line be any folder: Hydra reads `=`, `,` and brackets otherwise."""
+    parser = OverridesParser.create()
+    for place, word in enumerate(sys.argv[1:], 1):
+        if not word.startswith("run="):
+            continue
+        try:
+            override = parser.parse_override(word)
+            plain = not override.is_sweep_override() and isinstance(override.value(), str | None)
+        except HydraException:
+            plain = False
+        if not plain:
+            escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), word[4:])
+            sys.argv[place] = f"run='{escaped}'"
+
+
+def command(module: str, **options: object) -> str:
+    """A command of this package as it can be pasted into a shell."""
+    return shlex.join(["python", "-m", module, *(f"{name}={value}" for name, value in options.items())])
 
 
 def command_line() -> str:

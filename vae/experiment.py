@@ -254,15 +254,20 @@ def _train(name: str, overrides: list[str], folder: Path) -> tuple[str, float, f
     own."""
     from hydra import compose, initialize_config_dir
 
-    from vae.engine.folder import read_status
+    from vae.engine.folder import OtherTraining, read_status
     from vae.engine.run import train
 
     if not any(override.startswith("threads=") for override in overrides):
         overrides = [*overrides, "threads=1"]
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         config = compose("train", overrides)
+    if "epochs" in (config.lr_schedule or {}):  # one schedule from the first epoch to the last
+        config.lr_schedule.epochs = config.trainer.max_epochs
     found, started = read_status(folder), time.monotonic()
-    train(config, folder, overrides, resume=True, progress_bar=False)
+    try:
+        train(config, folder, overrides, resume=True, progress_bar=False)
+    except OtherTraining:
+        train(config, folder, overrides, resume="restart", progress_bar=False)
     status = read_status(folder)
     before = status["seconds"] - (0.0 if status == found else time.monotonic() - started)
     return name, status["seconds"], max(0.0, before)

@@ -10,15 +10,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vae.cli import CONFIGS, sentences
+from vae.cli import CONFIGS, quote_run, resuming, sentences
+from vae.engine.search import sweep_value
+from vae.engine.sweep import REFUSED
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
-def main(config: DictConfig) -> float:
-    """Returns the best validation loss in nats, which any Hydra sweeper can minimise; NaN for a failed run of a sweep."""
-    from vae.engine.folder import resumed_config
-    from vae.engine.run import train  # only now: importing torch takes seconds, and --help should not
+def main(config: DictConfig) -> float | list[float] | None:
+    """Of a run of a sweep, returns `sweep_metric` to the sweeper, and for one that failed the worst value there is."""
+    from vae.engine.folder import read_status, resumed_config
+    from vae.engine.run import best_loss, train  # only now: importing torch takes seconds, and --help should not
     from vae.errors import VAEError
+    from vae.files import write_json
 
     hydra_config = HydraConfig.get()
     log = logging.getLogger("vae.train")
@@ -26,27 +29,30 @@ def main(config: DictConfig) -> float:
     overrides = list(hydra_config.overrides.task)
     if hydra_config.mode == RunMode.RUN:
         with sentences():
-            resume = config.resume
+            resume = resuming(config.resume)
             if resume and (folder / "config.yaml").is_file():
                 config, overrides = resumed_config(folder, overrides)
-            loss = train(config, folder, overrides, resume)
+            loss = best_loss(train(config, folder, overrides, resume))
         log.info(f"Finished: best validation loss {loss:.4f} nats. Run folder: {folder}")
-        return loss
+        return None
     # One failed run must not end a sweep: it is recorded in its folder, and the report and the exit code tell.
     try:
         constant = hydra_config.job.config.override_dirname.exclude_keys
         overrides = [override for override in overrides if override.partition("=")[0] not in constant]
-        jobs = hydra_config.launcher.get("n_jobs", 1)  # joblib's; other launchers give each job a machine of its own
-        loss = train(config, folder, overrides, config.resume, progress_bar=False, jobs=jobs)
-        log.info(f"finished {folder.name}: best validation loss {loss:.4f} nats")
-        return loss
+        # The sweep's folder was empty when it began: what is there is of this very run, whose job was started again.
+        metrics = train(config, folder, overrides, resuming(config.resume) or True, progress_bar=False)
+        log.info(f"finished {folder.name}: best validation loss {best_loss(metrics):.4f} nats")
+        return sweep_value(config, metrics)
     except VAEError as error:
         log.error(f"FAILED   {folder.name}: {error}")
+        if read_status(folder).get("state") != "failed":  # refused, and what is there was left as it was
+            write_json(folder / REFUSED, {"reason": str(error)})
     except Exception:
         log.exception(f"FAILED   {folder.name}")
-    return float("nan")
+    return sweep_value(config, None)
 
 
 if __name__ == "__main__":
+    quote_run()
     with sentences():
         main()

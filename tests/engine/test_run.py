@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 
 from vae.cli import CONFIGS
 from vae.engine.build import build
-from vae.engine.folder import continues, resumed_config
 from vae.engine.run import evaluate, train
 from vae.engine.trainer import build_trainer
 from vae.errors import VAEError
@@ -243,17 +242,6 @@ def test_a_runs_seconds_are_those_of_all_its_attempts(tiny, tmp_path):
     assert 1000 < torch.load(last, weights_only=True)["callbacks"]["Interruptible"]["seconds"] < 1100
 
 
-def test_resuming_skips_what_finished_redoes_what_changed_and_goes_on_with_what_is_longer(tiny, tmp_path):
-    first = trained(tiny(), tmp_path)
-    stamp = (tmp_path / "checkpoints" / "last.ckpt").stat().st_mtime_ns
-    assert trained(tiny(), tmp_path, resume=True) == first
-    assert (tmp_path / "checkpoints" / "last.ckpt").stat().st_mtime_ns == stamp
-    longer = trained(tiny("trainer.max_epochs=2"), tmp_path, resume=True)
-    assert without_times(longer) == without_times(trained(tiny("trainer.max_epochs=2"), tmp_path / "fresh"))
-    changed = trained(tiny("objective.beta=3"), tmp_path, resume=True)
-    assert without_times(changed) == without_times(trained(tiny("objective.beta=3"), tmp_path / "other"))
-
-
 def test_a_controller_keeps_the_last_weights_as_best_for_losses_at_other_weights_say_nothing(tiny, tmp_path):
     # a target that is all slack winds the weight up each step, and with it the loss: the first epoch's is the lowest
     geco = {"target": 500, "init": 0.01, "eta": 0.01}
@@ -276,36 +264,6 @@ def test_early_stopping_on_losses_that_a_controller_reweighs_is_refused_in_a_sen
         train(tiny(*options), tmp_path, [], progress_bar=False)
     changed = tiny(*options, "callbacks.early_stopping.monitor=val/distortion")
     assert trained(changed, tmp_path)["val/best_epoch"] == 0
-
-
-def test_only_a_longer_run_of_the_same_config_continues():
-    stored = {"seed": 0, "trainer": {"max_epochs": 5}}
-    assert continues(stored, {"seed": 0, "trainer": {"max_epochs": 8}})
-    assert not continues(stored, {"seed": 0, "trainer": {"max_epochs": 4}})
-    assert not continues(stored, {"seed": 1, "trainer": {"max_epochs": 5}})
-    assert not continues(None, stored)
-
-
-def test_where_the_data_lie_does_not_make_a_run_another(tiny, tmp_path):
-    """A forgotten VAE_DATA_DIR must not throw a finished run away; a folder of one's own images is another data set."""
-    train(tiny("+data.source.root=here"), tmp_path, [], progress_bar=False)
-    before = (tmp_path / "metrics.json").stat().st_mtime_ns
-    train(tiny("+data.source.root=there"), tmp_path, [], resume=True, progress_bar=False)
-    assert (tmp_path / "metrics.json").stat().st_mtime_ns == before
-    trainer = {"trainer": {"max_epochs": 1}}
-    for target, same in (("vae.data.sources.mnist", True), ("mine.photographs", False)):
-        here, there = (trainer | {"data": {"source": {"_target_": target, "root": root}}} for root in ("a", "b"))
-        assert continues(here, there) is same
-
-
-def test_resuming_takes_the_stored_config_and_plain_changes(tiny, tmp_path):
-    train(tiny("objective.beta=2"), tmp_path, ["objective.beta=2", "trainer.max_epochs=1"], progress_bar=False)
-    more = [f"run={tmp_path}", "resume=true", "trainer.max_epochs=4", "progress_bar=false"]
-    config, overrides = resumed_config(tmp_path, more)
-    assert (config.objective.beta, config.trainer.max_epochs, config.progress_bar) == (2, 4, False)
-    assert overrides == ["objective.beta=2", "trainer.max_epochs=4"]  # by which its sweep's report knows the run
-    with pytest.raises(VAEError, match="network=conv cannot be changed"):
-        resumed_config(tmp_path, ["network=conv"])
 
 
 def test_two_processes_do_not_train_the_same_run(tiny, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import hydra.utils
@@ -75,7 +78,27 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
         vae,
         objective,
         optimizer=instantiate(config.optimizer),
-        lr_schedule=instantiate(config.lr_schedule) or None,
+        lr_schedule=build_lr_schedule(config, data),
         nll_samples=config.evaluation.nll_samples,
     )
     return data, module
+
+
+def run_length(trainer: DictConfig, data: ImageDataModule) -> tuple[float, float]:
+    """The most batches and epochs that these options of Lightning's Trainer train for; infinite where nothing ends them."""
+    batches = len(data.train_dataloader())
+    limit = trainer.get("limit_train_batches")
+    if limit is not None:  # a number of them, or a part
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    together = trainer.get("accumulate_grad_batches") or 1  # batches a step of the optimiser
+    epochs, steps = (math.inf if value in (None, -1) else value for value in (trainer.max_epochs, trainer.max_steps))
+    epochs = min(epochs, math.ceil(steps / math.ceil(batches / together)) if steps < math.inf else steps)
+    return min(epochs * batches, steps * together), epochs
+
+
+def build_lr_schedule(config: DictConfig, data: ImageDataModule) -> Callable[..., Any] | None:
+    """optimizer -> scheduler, or None for a constant rate; `epochs: null` among its options means those of the run."""
+    make = instantiate(config.lr_schedule)
+    if make and "epochs" in make.keywords and make.keywords["epochs"] is None:
+        return functools.partial(make, epochs=run_length(config.trainer, data)[1])
+    return make or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import shutil
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import hydra
 import pytorch_lightning as pl
 import torch
-import yaml
 from filelock import FileLock, Timeout
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import vae
@@ -29,8 +32,10 @@ if TYPE_CHECKING:
     from vae.data.module import ImageDataModule
     from vae.engine.module import VAEModule
 
+CGROUPS = Path("/sys/fs/cgroup")
 
-def settings(config: DictConfig) -> dict[str, Any]:
+
+def settings(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
     """The config as flat dotted keys."""
     flat: dict[str, Any] = {}
 
@@ -41,40 +46,67 @@ def settings(config: DictConfig) -> dict[str, Any]:
         else:
             flat[prefix] = node
 
-    walk(OmegaConf.to_container(config), "")
+    walk(config if isinstance(config, dict) else OmegaConf.to_container(config), "")
     return flat
 
 
 def read_config(folder: Path) -> DictConfig:
-    """The resolved config of a run. Raises VAEError if the folder holds none."""
+    """The resolved config of a run. Raises VAEError if the folder holds none.
+
+    Where $VAE_DATA_DIR is set, a data set of ours is looked for there, unless the run was given a folder that exists.
+    """
     path = folder / "config.yaml"
     if not path.is_file():
         raise VAEError(f"{folder} is not a run folder: it has no config.yaml.")
     try:
-        return OmegaConf.create(renewed(OmegaConf.to_container(OmegaConf.load(path))))
+        config = renewed(OmegaConf.to_container(OmegaConf.load(path)))
+        schedule = config.get("lr_schedule") or {}
+        if schedule.get("_target_") == "torch.optim.lr_scheduler.CosineAnnealingLR":  # which earlier versions stored
+            epochs = None if schedule["T_max"] == config["trainer"]["max_epochs"] else schedule["T_max"]
+            config["lr_schedule"] = {"_target_": "vae.engine.lr_schedule.Cosine", "_partial_": True, "epochs": epochs}
+        source = config.get("data", {}).get("source", {})
+        if os.environ.get("VAE_DATA_DIR") and _is_ours(source) and "root" in source:
+            named = any(override.lstrip("+").startswith("data.source.root=") for override in read_overrides(folder))
+            if not (named and Path(source["root"]).expanduser().is_dir()):
+                source["root"] = os.environ["VAE_DATA_DIR"]
+        return OmegaConf.create(config)
     except Exception as error:
         raise VAEError(f"{path} is damaged and cannot be read ({type(error).__name__}).") from error
 
 
-def resumed_config(folder: Path, overrides: list[str]) -> tuple[DictConfig, list[str]]:
-    """The config that a run was started with, plain `key=value` overrides of the resuming command on top; and the
-    overrides that both commands named.
+def read_overrides(folder: Path) -> list[str]:
+    """What the command that trained a run had set; of a run of a sweep, what varies."""
+    path = folder / "overrides.yaml"
+    return OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else []
 
-    Raises VAEError for an override that the run's config has no place for.
+
+def resumed_config(folder: Path, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """The config that a run was started with, the overrides of the resuming command on top; and the overrides that both
+    commands named.
+
+    Plain values are put into the stored config. A command that names a group, or adds to the config or takes from it, is
+    composed anew together with what the run's own command named: inside a Hydra application or context only.
+    Raises VAEError where that is not possible.
     """
     config = OmegaConf.merge(read_config(folder), {"progress_bar": True})
-    stored = folder / "overrides.yaml"
-    named = dict.fromkeys(OmegaConf.to_container(OmegaConf.load(stored)) if stored.is_file() else [])
-    for override in overrides:
-        name, _, value = override.partition("=")
-        if name not in settings(config) and name not in TRANSIENT:
+    known = settings(config).keys() | TRANSIENT
+    parser = OverridesParser.create()
+    stored, given = (
+        {parsed.key_or_group: parsed for parsed in parser.parse_overrides(named)}
+        for named in (read_overrides(folder), overrides)
+    )
+    if all(name in known and not override.is_delete() for name, override in given.items()):
+        for name, override in given.items():
+            OmegaConf.update(config, name, override.value())
+    else:
+        try:
+            config = compose("train", [override.input_line for override in {**stored, **given}.values()])
+        except HydraException as error:
             raise VAEError(
-                f"{override} cannot be changed on resuming: only values that {folder}/config.yaml holds can."
-            )
-        OmegaConf.update(config, name, yaml.safe_load(value))
-        if name not in TRANSIENT:
-            named = {old: None for old in named if old.partition("=")[0] != name} | {override: None}
-    return config, list(named)
+                f"What {folder} was trained with cannot be composed anew ({error}): give the same --config-dir again, or "
+                "only plain values, which its config.yaml holds."
+            ) from error
+    return config, [o.input_line for name, o in {**stored, **given}.items() if name not in TRANSIENT]
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
@@ -111,21 +143,78 @@ def only_process(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def continues(stored: dict[str, Any] | None, settled: dict[str, Any]) -> bool:
-    """Whether training under `settled` goes on from where a run of the `stored` config was: it is the same, or longer."""
-    if stored is None or settled["trainer"]["max_epochs"] < stored["trainer"]["max_epochs"]:
-        return False
-    longer = {**stored, "trainer": {**stored["trainer"], "max_epochs": settled["trainer"]["max_epochs"]}}
-    return without_data_root(longer) == without_data_root(settled)
+#: What may change when a run goes on: it says how or where training is done, looked at and measured, not what is trained.
+TAKEN_OVER = (
+    *("threads", "compile", "evaluation", "logger", "sweep_metric", "sweep_direction"),
+    *("data.eval_batch_size", "data.num_workers"),
+    *("trainer.accelerator", "trainer.devices", "trainer.log_every_n_steps", "trainer.profiler", "trainer.max_time"),
+    *("trainer.num_sanity_val_steps", "trainer.enable_model_summary", "trainer.detect_anomaly"),
+    *("callbacks.interruptible", "callbacks.pictures", "callbacks.stopwatch"),
+)
+LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
+
+
+class OtherTraining(VAEError):
+    """A command that resumes a run asks for what would not be the same training gone on with."""
+
+
+def differences(stored: dict[str, Any], settled: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two configs differ, by dotted key; where a data set of ours lies is none, absent is null."""
+    old, new = (settings(without_data_root(config)) for config in (stored, settled))
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def refuse_other_training(folder: Path, stored: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether a run of the `stored` config, under settings that are `changed`, goes on for longer.
+
+    Raises OtherTraining, naming the settings, where one of them changes what was trained already.
+    """
+    other = {key: values for key, values in changed.items() if not _begins_with(key, TAKEN_OVER)}
+    lengths = [[math.inf if end in (None, -1) else end for end in other.pop(key, (0, 0))] for key in LENGTHS]
+    if any(new < old for old, new in lengths):
+        other |= {key: changed[key] for key in LENGTHS if key in changed}
+    planned, asked = other.get("lr_schedule.epochs", (None, None))
+    if asked is not None and asked == (planned or stored["trainer"]["max_epochs"]):  # as null meant then
+        del other["lr_schedule.epochs"]
+    if other:
+        told = [f"{key} is {old} there and {new} now" for key, (old, new) in other.items()]
+        more = f", and {len(told) - 6} more differ" if len(told) > 6 else ""
+        raise OtherTraining(
+            f"{folder} holds a run of other settings: {', '.join(told[:6])}{more}. Nothing was changed. resume=true goes on "
+            "with a run as it is or for longer; resume=restart deletes it and starts anew."
+        )
+    return any(new > old for old, new in lengths)
+
+
+def _begins_with(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _is_ours(source: dict[str, Any]) -> bool:
+    return str(source.get("_target_")).startswith("vae.data.")
 
 
 def without_data_root(config: dict[str, Any]) -> dict[str, Any]:
     """`config` less the folder of a data set of ours: the images are the same wherever they lie."""
     data = config.get("data", {})
     source = data.get("source", {})
-    if not str(source.get("_target_")).startswith("vae.data."):
+    if not _is_ours(source):
         return config
     return {**config, "data": {**data, "source": {key: value for key, value in source.items() if key != "root"}}}
+
+
+def refuse_foreign_checkpoint(folder: Path) -> None:
+    """Lightning starts from any hpc_ckpt_N.ckpt that lies where it runs under Slurm, of whatever run it is."""
+    if found := sorted(folder.glob("hpc_ckpt_*.ckpt")):
+        raise VAEError(
+            f"{found[-1]} was left by Lightning when Slurm stopped a run; it is not known of which settings. Move it away: "
+            "runs go on from checkpoints/last.ckpt only."
+        )
+
+
+def holds_training(folder: Path) -> bool:
+    """Whether an earlier attempt at the run left something to lose."""
+    return (folder / "metrics.json").is_file() or any((folder / "checkpoints").glob("*.ckpt"))
 
 
 def discard(folder: Path) -> None:
@@ -133,8 +222,9 @@ def discard(folder: Path) -> None:
     for old in ("metrics.json", "checkpoints", "pictures"):
         path = folder / old
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for events in folder.glob("events.out.tfevents.*"):
-        events.unlink()
+    for pattern in ("events.out.tfevents.*", "hpc_ckpt_*.ckpt"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def facts(config: DictConfig, data: ImageDataModule, module: VAEModule, overrides: Sequence[str]) -> dict[str, Any]:
@@ -183,10 +273,33 @@ def environment() -> dict[str, Any]:
         "hydra": hydra.__version__,
         "git_commit": commit,
         "device": device,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
         "command": command_line(),
         "date": now(),
     }
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: of its affinity, of its control group's quota and of its Slurm task."""
+    cores = [os.cpu_count() or 1]
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cores.append(len(os.sched_getaffinity(0)))
+    if os.environ.get("SLURM_CPUS_PER_TASK", "").isdecimal():
+        cores.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # no control groups, or no quota: "max"
+        group = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+        place = CGROUPS / group.removeprefix("0::").strip("/")
+        for level in (place, *place.parents):
+            if level.is_relative_to(CGROUPS) and (level / "cpu.max").is_file():
+                quota, period = (level / "cpu.max").read_text().split()
+                if quota != "max":
+                    cores.append(math.ceil(int(quota) / int(period)))
+    with contextlib.suppress(OSError, ValueError):  # version 1
+        quota, period = (int((CGROUPS / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        if quota > 0:
+            cores.append(math.ceil(quota / period))
+    return max(1, min(cores))
 
 
 def now() -> str:

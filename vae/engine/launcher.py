@@ -11,6 +11,7 @@ from pathlib import Path
 from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_joblib_launcher import joblib_launcher
 
+from vae.engine.search import sweep_value
 from vae.files import write_json
 
 KILLED = "Its process was killed by the system, most likely for want of memory."
@@ -38,7 +39,9 @@ class Launcher(joblib_launcher.JoblibLauncher):
                     if found["state"] == "running":
                         write_json(status, {**found, "state": "failed", "reason": KILLED})
                         log.error(f"FAILED   {status.parent.name}: {KILLED}")
-                ended.append(JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=float("nan")))
+                ended.append(
+                    JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=sweep_value(self.config, None))
+                )
         return ended
 
 

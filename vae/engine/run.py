@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -13,26 +14,28 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from vae.cli import TRANSIENT
+from vae.cli import TRANSIENT, command
 from vae.data.images import Splits
 from vae.data.module import ImageDataModule
-from vae.engine.build import build
+from vae.engine.build import build, run_length
 from vae.engine.checkpoints import choose_weights, load_weights, seconds_before
 from vae.engine.folder import (
-    continues,
+    differences,
     discard,
     environment,
     facts,
+    holds_training,
     now,
     only_process,
     read_config,
     read_json,
     read_metrics,
     read_status,
-    without_data_root,
+    refuse_foreign_checkpoint,
+    refuse_other_training,
 )
 from vae.engine.module import Means, VAEModule
-from vae.engine.trainer import build_trainer, set_threads
+from vae.engine.trainer import build_trainer, set_threads, trainer_options, warn_of_unreached_weight
 from vae.errors import VAEError
 from vae.evaluation.measures import MEASURES, check_options
 from vae.evaluation.work import Work
@@ -44,34 +47,47 @@ def train(
     config: DictConfig,
     folder: Path,
     overrides: list[str],
-    resume: bool = False,
+    resume: bool | str = False,
     progress_bar: bool = True,
-    jobs: int = 1,
-) -> float:
-    """Train, test and record a run in `folder`; returns the best validation loss in nats.
+) -> dict[str, float]:
+    """Train, test and record a run in `folder`; returns its metrics.
 
     Writes config.yaml, environment.json, status.json, checkpoints, pictures and, last, metrics.json. Whatever ends the
-    run early is written to status.json before it is raised again. With `resume`, a run of the same config that finished is
-    left as it is, and one that was cut off continues from its last checkpoint; a run of another config is done anew. Where
-    the data set lies does not make it another.
-    `jobs` is the number of runs that share the machine. Raises VAEError if another process is training this run.
+    run early is written to status.json before it is raised again.
+
+    resume: False starts anew, for which commands ask for an empty folder; "restart" starts anew whatever is there. True
+    goes on from the last checkpoint, for longer if that is asked for, and leaves a run that finished as it is; settings
+    that do not change what is trained (`folder.TAKEN_OVER`) may be others. Nothing is deleted then, but for the weights of
+    the same run from before its first last.ckpt.
+    Raises VAEError, before anything is written, if another process is training this run, for what a run cannot use, and
+    with resume=True if any other setting is not what the run was trained with.
     """
     progress_bar = progress_bar and config.progress_bar
     settled = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in TRANSIENT}
     config = OmegaConf.create(settled)
-    set_threads(config.threads, jobs)
+    trainer_options(config)
+    set_threads(config.threads)
     # Numbers below 1e-38, such as gradients of a mixture's components that explain no image, take a CPU many times as long.
     torch.set_flush_denormal(True)
     with only_process(folder):
-        stored = OmegaConf.to_container(read_config(folder)) if resume and (folder / "config.yaml").is_file() else None
-        if (
-            stored
-            and without_data_root(stored) == without_data_root(settled)
-            and read_status(folder).get("state") == "finished"
-        ):
-            return best_loss(read_metrics(folder))
         last = folder / "checkpoints" / "last.ckpt"
-        checkpoint = last if last.is_file() and continues(stored, settled) else None
+        going_on = resume is True and holds_training(folder)
+        if resume != "restart":
+            refuse_foreign_checkpoint(folder)
+        if going_on:
+            stored = OmegaConf.to_container(read_config(folder))
+            changed = differences(stored, settled)
+            longer = refuse_other_training(folder, stored, changed)
+            metrics = read_metrics(folder)
+            if metrics and read_status(folder).get("state") == "finished":
+                if not longer:
+                    _say_what_had_no_effect(folder, changed)
+                    return metrics
+                if not last.is_file():
+                    raise VAEError(
+                        f"{last} is gone, so that a run that finished cannot go on: resume=restart starts anew."
+                    )
+        checkpoint = last if going_on and last.is_file() else None
         if checkpoint is None:
             discard(folder)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
@@ -97,7 +113,16 @@ def train(
             # where not even this can be written, what went wrong before is what must be told
             with contextlib.suppress(VAEError) if status["state"] == "failed" else contextlib.nullcontext():
                 write_json(folder / "status.json", status)
-    return best_loss(metrics)
+    return metrics
+
+
+def _say_what_had_no_effect(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
+    measuring = [f"{name}={new}" for name, (_, new) in changed.items() if name.startswith(("evaluation.", "data.eval"))]
+    if measuring:
+        logging.getLogger(__name__).warning(
+            f"The run had finished, so {', '.join(measuring)} changed nothing. To measure it again: "
+            f"{command('vae.evaluate', run=folder)}"
+        )
 
 
 def _fit_and_test(
@@ -114,6 +139,7 @@ def _fit_and_test(
     if trainer.limit_val_batches == 0:  # no validation while training; what was trained is validated all the same
         trainer.limit_val_batches, trainer.check_val_every_n_epoch = 1.0, sys.maxsize
     best = choose_weights(trainer, module.objective)
+    warn_of_unreached_weight(module.objective, run_length(config.trainer, data)[0])
     with interruptions(trainer):
         trainer.fit(module, data, ckpt_path=checkpoint)
     metrics = module.epoch_terms()

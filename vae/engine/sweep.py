@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
-from vae.cli import TRANSIENT, command_line, sentences
+from vae.cli import TRANSIENT, command_line, resuming, sentences
 from vae.engine import launcher
+from vae.engine.search import sweep_directions
 from vae.errors import VAEError
+
+#: In the folder of a run that the latest sweep could not touch: why. What an earlier one made there is as it was.
+REFUSED = "refused.json"
 
 
 class SweepCallback(Callback):
@@ -27,6 +33,9 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         refuse_used_folder(config)
+        for old in Path(config.hydra.sweep.dir).glob(f"*/{REFUSED}"):
+            old.unlink()
+        tell_direction(config)
         command_line()  # for the processes that the runs may be given to
         launcher.use()
         task = list(config.hydra.overrides.task)
@@ -50,15 +59,25 @@ class SweepCallback(Callback):
         print_table(sweep, console)
         console.print(f"Report:      open {page}", highlight=False, soft_wrap=True)
         console.print(f"TensorBoard: tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
-        if not sweep.complete:
+        refused = sorted(folder.glob(f"*/{REFUSED}"))
+        for path in refused:
+            console.print(
+                f"Not done:    {path.parent.name}: {json.loads(path.read_text())['reason']}",
+                highlight=False,
+                markup=False,
+            )
+        if refused or not sweep.complete:
             sys.exit(1)
 
 
 def refuse_used_folder(config: DictConfig) -> None:
     """Exit with a sentence if `run` names a folder that holds something and `resume` does not allow to touch it."""
     with sentences():
-        if config.run and not config.resume and Path(config.run).is_dir() and any(Path(config.run).iterdir()):
-            raise VAEError(f"{config.run} exists already: add resume=true to go on with it, or choose another folder.")
+        if config.run and not resuming(config.resume) and Path(config.run).is_dir() and any(Path(config.run).iterdir()):
+            raise VAEError(
+                f"{config.run} exists already: add resume=true to go on with it or resume=restart to delete it and start "
+                "anew, or choose another folder."
+            )
 
 
 def refuse_nothing_to_resume(config: DictConfig) -> None:
@@ -70,3 +89,16 @@ def refuse_nothing_to_resume(config: DictConfig) -> None:
     with sentences():
         if config.resume and names <= TRANSIENT and not Path(config.run or "", "config.yaml").is_file():
             raise VAEError(f"There is no run to go on with in run={config.run}: it has no config.yaml.")
+
+
+def tell_direction(config: DictConfig) -> None:
+    """Give `sweep_direction` to a sweeper that has a direction, as Optuna's; exit with a sentence if it says otherwise."""
+    with sentences():
+        directions = sweep_directions(config)
+        for override in config.hydra.overrides.hydra:
+            name, _, value = override.lstrip("+").partition("=")
+            if name == "hydra.sweeper.direction" and re.findall(r"(?:max|min)imize", value) != directions:
+                raise VAEError(f"{override}, but sweep_metric={config.sweep_metric} is to {' and '.join(directions)}.")
+    if "direction" in config.hydra.sweeper:
+        with open_dict(config):
+            config.hydra.sweeper.direction = directions if len(directions) > 1 else directions[0]

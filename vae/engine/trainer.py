@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -12,14 +13,20 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from vae.engine.build import instantiate
 from vae.engine.callbacks.progress import Progress
 from vae.engine.callbacks.records import HyperParameters
 from vae.engine.checkpoints import CheckpointIO
-from vae.engine.folder import settings
+from vae.engine.folder import settings, usable_cores
 from vae.engine.lean import Compile, NoProfiler, make_lean
+from vae.engine.loggers import LoggedRun, make_loggers
 from vae.errors import VAEError
+from vae.objectives.elbo import Objective
+
+#: Weights in 32 bits; steps in 32 or, where that is safe, fewer. Lightning's names, its older ones too.
+PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "16-mixed", "16", 16)
 
 
 def quiet_lightning() -> None:
@@ -37,15 +44,42 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", noise)
 
 
+def trainer_options(config: DictConfig) -> dict[str, Any]:
+    """The options of Lightning's Trainer that a config names; the CPU stands in for a GPU that is not there.
+
+    Raises VAEError for what a run cannot use: several devices or processes, and other precisions than PRECISIONS.
+    """
+    options = OmegaConf.to_container(config.trainer, resolve=True)
+    devices, strategy = options.get("devices", 1), options.get("strategy", "auto")
+    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
+    if not one or options.get("num_nodes", 1) != 1:
+        named = f"devices={devices}" if not one else f"num_nodes={options['num_nodes']}"
+        raise VAEError(
+            f"trainer.{named}: a run uses one device. trainer.devices=1 takes the first, [1] the second GPU."
+        )
+    if strategy not in ("auto", "single_device"):
+        raise VAEError(f"trainer.strategy={strategy}: a run uses one device in one process; leave the strategy out.")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise VAEError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: several processes were started, as by torchrun, and a run uses one. "
+            "Start it without a launcher, or unset WORLD_SIZE."
+        )
+    if options.get("precision") not in PRECISIONS:
+        raise VAEError(
+            f"trainer.precision={options['precision']} is not supported: choose 32-true, bf16-mixed or 16-mixed."
+        )
+    if options["accelerator"] == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        logging.getLogger(__name__).warning("trainer.accelerator=gpu: there is no GPU here, so the CPU is used.")
+        options["accelerator"] = "cpu"
+    return options
+
+
 def build_trainer(
     config: DictConfig, folder: Path | None = None, overrides: tuple[str, ...] = (), progress_bar: bool = False
 ) -> pl.Trainer:
     """A Lightning Trainer; with `folder=None` one that only measures and writes nothing."""
     quiet_lightning()
-    options = OmegaConf.to_container(config.trainer, resolve=True)
-    if options["accelerator"] == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        logging.getLogger(__name__).warning("trainer.accelerator=gpu: there is no GPU here, so the CPU is used.")
-        options["accelerator"] = "cpu"
+    options = trainer_options(config)
     if folder is None:
         outputs: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
     else:
@@ -55,13 +89,17 @@ def build_trainer(
                 *([Compile(config.compile)] if config.get("compile") else []),
                 *(instantiate(callback) for callback in config.callbacks.values() if callback is not None),
                 HyperParameters(compared(config, overrides)),
+                LoggedRun(settings(config)),
             ],
-            "logger": instantiate(config.logger)(save_dir=folder) if config.logger else False,
+            "logger": make_loggers(config, folder) or False,
         }
+        for callback in outputs["callbacks"]:
+            if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(folder / "checkpoints")  # Lightning would follow where the logger writes
     options.setdefault("profiler", NoProfiler())
-    trainer = pl.Trainer(
-        **options, **outputs, default_root_dir=folder, plugins=[CheckpointIO()], enable_progress_bar=False
-    )
+    # Lightning's Slurm environment would save checkpoints of its own on a signal, and requeue the job itself.
+    plugins = [CheckpointIO(), LightningEnvironment()]
+    trainer = pl.Trainer(**options, **outputs, default_root_dir=folder, plugins=plugins, enable_progress_bar=False)
     if folder is not None:
         stay_inside(folder, trainer)
     return make_lean(trainer)
@@ -81,6 +119,19 @@ def stay_inside(folder: Path, trainer: pl.Trainer) -> None:
         for path in paths:
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise VAEError(f"{group}: {path} is outside the run's folder, {folder}, and would not be kept with it.")
+
+
+def warn_of_unreached_weight(objective: Objective, steps: float) -> None:
+    """Say so where a schedule has not ended when a run of so many steps has: validation and test use its end."""
+    schedule = objective.schedule
+    if schedule.learns or steps == math.inf:
+        return
+    last, end = (float(schedule(step)) for step in (steps - 1, math.inf))
+    if not math.isclose(last, end, rel_tol=1e-3, abs_tol=1e-6):
+        logging.getLogger(__name__).warning(
+            f"objective.schedule ({type(schedule).__name__}) is at {last:.4g} of its weight in the last of {steps:,} training "
+            f"steps and ends on {end:.4g}, which validation and test use: train for longer, or let it end sooner."
+        )
 
 
 def compared(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
@@ -103,11 +154,14 @@ def compared(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
     return chosen
 
 
-def set_threads(threads: int | str, jobs: int = 1) -> None:
-    """Threads of this process's arithmetic; `auto` shares the cores among `jobs` side by side (-1: one a core)."""
-    if threads == "auto":
-        cores = os.cpu_count() or 1
-        threads = max(1, cores // (jobs if jobs > 0 else cores))
+def set_threads(threads: int | str) -> None:
+    """Threads of this process's arithmetic. `auto` is one: two on cores that another process works on take ten times as
+    long, one is never slow for networks of this size, and numbers are then the same on every machine of a kind."""
+    threads = 1 if threads == "auto" else threads
     if not isinstance(threads, int) or threads < 1:
         raise VAEError(f"threads={threads} must be `auto` or a whole number of at least 1.")
+    if threads > usable_cores():
+        logging.getLogger(__name__).warning(
+            f"threads={threads} is more than the {usable_cores()} cores that this process may use: steps will be slower."
+        )
     torch.set_num_threads(threads)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from vae.engine.loggers import log_picture
 from vae.engine.module import VAEModule, is_ending
 from vae.files import is_disk_full, write_atomically
 from vae.model import VAE
@@ -202,7 +203,6 @@ class Pictures(pl.Callback):
     def _draw(self, trainer: pl.Trainer, module: VAEModule) -> Any:
         training = module.training
         examples = module.transfer_batch_to_device(trainer.datamodule.examples("val", self.points), module.device, 0)
-        writer = tensorboard_writer(trainer)
         try:
             pictures = all_pictures(module.eval(), examples)
         finally:
@@ -212,8 +212,8 @@ class Pictures(pl.Callback):
             png = io.BytesIO()
             to_png(picture).save(png, "PNG")
             write_atomically(path, lambda file, png=png: file.write(png.getvalue()))
-            if writer is not None:
-                writer.add_image(name, picture, module.steps)
+            for logger in trainer.loggers:
+                log_picture(logger, name, picture, module.steps)
         return examples
 
 
