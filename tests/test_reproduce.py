@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,16 @@ import pytest
 import torch
 
 from vae.errors import VAEError
-from vae.experiment import Context, Table, pack_images, spread, unpack_images
+from vae.experiment import Context, Table, spread
+from vae.experiment_figures import pack_images, unpack_images
 from vae.reproduce import Experiment, main, markdown, names
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 NUMBERS = itertools.count()
 
-SOURCE = '''
-"""Two pieces, a claim on their sum, and a diary of what was really computed."""
+PROTOCOL = '''
+"""Two pieces, and a diary of what was really computed."""
 from pathlib import Path
-from vae.experiment import Claim, Table
-import matplotlib.pyplot as plt
 
 DIARY = Path({diary!r})
 PAPER = ("Nobody 2026, "
@@ -44,40 +44,52 @@ def measure(context):
         raise KeyboardInterrupt
     second = context.cached("second", lambda: piece(context.settings["second"]))
     return {{"sum": first["value"] + second["value"], "pair": first["pair"]}}
+'''
+CLAIMS = """
+from vae.experiment import Claim, Table, within
 
 def claims(results):
-    return [Claim("sum", results["sum"] == 3, str(results["sum"]), "3"),
+    return [Claim.of("sum", str(results["sum"]), "{1:g}", within(results["sum"], 0, 3)),
             Claim("a pair is a list", results["pair"] == [1, 2], str(results["pair"]), "[1, 2]")]
 
 def table(results):
     return Table(("", "paper", "ours"), [("sum", "3", str(results["sum"]))])
+"""
+FIGURE = """
+import matplotlib.pyplot as plt
 
 def figure(results):
     fig, ax = plt.subplots()
     ax.plot([0, results["sum"]])
     return fig
-'''
+"""
+
+
+def write(folder: Path, diary: Path, more: str = "") -> None:
+    """An experiment's three files; more: what its protocol says besides."""
+    folder.mkdir(parents=True)
+    (folder / "protocol.py").write_text(PROTOCOL.format(diary=str(diary)) + more)
+    (folder / "claims.py").write_text(CLAIMS)
+    (folder / "figure.py").write_text(FIGURE)
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """A checkout with one experiment in it: (its Experiment, the lines of its diary, a folder for messages to it)."""
     name = f"fake_{next(NUMBERS)}"
-    folder = tmp_path / "experiments" / name
-    folder.mkdir(parents=True)
     diary = tmp_path / "diary"
     diary.touch()
-    (folder / "experiment.py").write_text(SOURCE.format(diary=str(diary)))
+    write(tmp_path / "experiments" / name, diary)
     monkeypatch.setattr(sys, "path", list(sys.path))
     return Experiment(name, tmp_path), lambda: diary.read_text().split(), tmp_path
 
 
 def edit(experiment: Experiment, old: str, new: str) -> None:
     """Change the source of an experiment as an author would between two commands."""
-    path = experiment.checkout / "experiments" / experiment.name / "experiment.py"
+    path = experiment.checkout / "experiments" / experiment.name / "protocol.py"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    module = experiment.module()
+    module = experiment.module("protocol")
     for cached in path.parent.glob("__pycache__/*"):
         cached.unlink()
     importlib.reload(module)
@@ -211,12 +223,11 @@ def test_the_list_tells_the_last_verdicts_and_cost(fake, capsys):
 
 def test_all_experiments_have_their_turn_though_one_cannot_be_run(fake, capsys):
     experiment, diary, checkout = fake
-    broken = checkout / "experiments" / "a_broken_one"
-    broken.mkdir()
-    source = SOURCE.format(diary=str(checkout / "diary"))
-    (broken / "experiment.py").write_text(
-        "import torch\nfrom vae.errors import VAEError\n" + source + "def measure(context):\n"
-        "    torch.set_num_threads(torch.get_num_threads() + 1)\n    raise VAEError('The data are gone.')\n"
+    write(
+        checkout / "experiments" / "a_broken_one",
+        checkout / "diary",
+        "import torch\nfrom vae.errors import VAEError\ndef measure(context):\n"
+        "    torch.set_num_threads(torch.get_num_threads() + 1)\n    raise VAEError('The data are gone.')\n",
     )
     threads = torch.get_num_threads()
     assert main(["all", "--quick"], checkout) == 1
@@ -334,9 +345,8 @@ def test_committed_verdicts_are_those_of_the_committed_results(name, form):
     if not (folder / "results.json").is_file():
         pytest.skip(f"the {form} form has not been run yet")
     record = json.loads((folder / "results.json").read_text())
-    claims = experiment.module().claims(record["results"])
-    verdicts = json.loads((folder / "verdicts.json").read_text())["claims"]
-    assert [(c.name, c.holds, c.measured) for c in claims] == [(v["name"], v["holds"], v["measured"]) for v in verdicts]
+    claims = [asdict(claim) for claim in experiment.module("claims").claims(record["results"])]
+    assert claims == json.loads((folder / "verdicts.json").read_text())["claims"]
     assert record["settings"] == experiment.settings(form), "the settings have changed since: run it again"
     readme = CHECKOUT / "experiments" / name / "README.md"
     if readme.is_file() and f"<!-- {form} -->" in readme.read_text():

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import hashlib
 import itertools
+import math
 import os
 import re
 import shlex
@@ -114,3 +115,11 @@ def sentences() -> Iterator[None]:
     except VAEError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def duration(seconds: float) -> str:
+    """In words, a minute begun counting as one: "9.5 s", "42 s", "12 min", "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,11 +1,12 @@
-"""What an experiment is written with: claims, tables, paired gains, and the context that trains and measures.
+"""What an experiment is written with: claims whose thresholds are said once, tables, numbers over seeds and over paired
+images, what a run logged, and the context that trains and measures. Its figure's part is vae/experiment_figures.py.
 
 `vae.reproduce` runs experiments; an experiment imports this. Imports no torch.
 """
 
 from __future__ import annotations
 
-import base64
+import csv
 import datetime
 import json
 import math
@@ -14,43 +15,79 @@ import platform
 import re
 import statistics
 import time
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vae.cli import CONFIGS
+from vae.cli import CONFIGS, duration
 from vae.errors import VAEError
 from vae.files import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-STYLE = {
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.labelcolor": "#1d2127",
-    "axes.edgecolor": "#667080",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": "cycler('color', ['0072b2', 'd55e00', '009e73', 'b3589a', 'b98600', '2f9bd6', '7a5195'])",
-    "grid.color": "#dce0e6",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#667080",
-    "ytick.color": "#667080",
-    "xtick.labelcolor": "#1d2127",
-    "ytick.labelcolor": "#1d2127",
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-}
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+
+class Limit(float):
+    """A threshold, as it is written in a claim's target: `{:g}`, `{:.0%}` or any other format, or `{:words}`."""
+
+    WORDS = {1 / 3: "a third", 1 / 2: "half", 2: "two", 3: "three"}
+
+    def __format__(self, spec: str) -> str:
+        return self.WORDS[float(self)] if spec == "words" else re.sub(r"e([+-])0", r"e\1", float.__format__(self, spec))
+
+
+class Bound(NamedTuple):
+    """Whether numbers are as they should be, and the thresholds that decided it. Made by the functions below, from one
+    number or from those of all seeds, each of which has to comply; none at all do not."""
+
+    holds: bool
+    limits: tuple[Limit, ...] = ()
+
+
+def _bound(values: float | Iterable[float], complies: Callable[[float], bool], *limits: float) -> Bound:
+    values = list(values) if isinstance(values, Iterable) else [values]
+    return Bound(bool(values) and all(complies(value) for value in values), tuple(map(Limit, limits)))
+
+
+def below(values: float | Iterable[float], limit: float) -> Bound:
+    return _bound(values, lambda value: value < limit, limit)
+
+
+def at_most(values: float | Iterable[float], limit: float) -> Bound:
+    return _bound(values, lambda value: value <= limit, limit)
+
+
+def above(values: float | Iterable[float], limit: float) -> Bound:
+    return _bound(values, lambda value: value > limit, limit)
+
+
+def at_least(values: float | Iterable[float], limit: float) -> Bound:
+    return _bound(values, lambda value: value >= limit, limit)
+
+
+def between(values: float | Iterable[float], low: float, high: float) -> Bound:
+    return _bound(values, lambda value: low <= value <= high, low, high)
+
+
+def within(values: float | Iterable[float], tolerance: float, of: float) -> Bound:
+    """At most `tolerance` from `of`. In the target `{0}` is the tolerance, `{1}` what it is measured from."""
+    return _bound(values, lambda value: abs(value - of) <= tolerance, tolerance, of)
+
+
+def near(values: float | Iterable[float], share: float, of: float) -> Bound:
+    """As `within`, at most that share of `of` away."""
+    return _bound(values, lambda value: abs(value / of - 1) <= share, share, of)
+
+
+def ordered(*rows: float | Iterable[float]) -> Bound:
+    """Each row larger than the one before, in every seed where they are lists."""
+    lists = [list(row) if isinstance(row, Iterable) else [row] for row in rows]
+    steps = [b - a for less, more in pairwise(lists) for a, b in zip(less, more, strict=True)]
+    return Bound(above(steps, 0).holds)
 
 
 @dataclass(frozen=True)
@@ -62,16 +99,26 @@ class Claim:
     measured: str
     target: str
 
+    @classmethod
+    def of(cls, name: str, measured: str, target: str, *bounds: Bound) -> Claim:
+        """Holds if all bounds do. target: a template, whose fields are filled with their thresholds in turn."""
+        limits = [limit for bound in bounds for limit in bound.limits]
+        return cls(name, bool(bounds) and all(bound.holds for bound in bounds), measured, target.format(*limits))
+
+
+# --- tables and numbers ---------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Table:
     """Rows of words and numbers, all already written as text; as many in each row as there are columns. numbers: all but
-    the first column are aligned to the right."""
+    the first column are aligned to the right. fixed: so many columns are never broken or cut in the terminal."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
     numbers: bool = True
+    fixed: int = 0
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.columns) for row in self.rows):
@@ -85,7 +132,9 @@ class Table:
 
         table = RichTable(title=self.title or None, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
         for number, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="right" if number and self.numbers else "left")
+            table.add_column(
+                Text(column), justify="right" if number and self.numbers else "left", no_wrap=self.fixed > number
+            )
         for row in self.rows:
             table.add_row(*map(Text, row))
         console.print(table)
@@ -98,11 +147,32 @@ class Table:
         return (f"{self.title}:\n\n" if self.title else "") + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def values(runs: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
+    """That of each seed."""
+    return [run[key] for run in runs]
+
+
+def mean(runs: Iterable[Mapping[str, Any]], key: str) -> float:
+    """Over seeds."""
+    return statistics.fmean(run[key] for run in runs)
+
+
+def listed(numbers: Iterable[float], spec: str = ".2f", between: str = ", ") -> str:
+    return between.join(f"{number:{spec}}" for number in numbers)
+
+
 def spread(values: Iterable[float], digits: int = 2) -> str:
     """ "mean ± sd" over seeds (n - 1 in the sd), and the number alone if there is one."""
     values = list(values)
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def mean_and_error(values: Iterable[float]) -> dict[str, float]:
+    """{"mean", "se"}: of differences on the same images, or of the seeds; the error of one number is nan."""
+    values = list(map(float, values))
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {"mean": statistics.fmean(values), "se": error}
 
 
 class Gain(NamedTuple):
@@ -114,15 +184,43 @@ class Gain(NamedTuple):
     seeds: list[float]
 
     @classmethod
-    def of(cls, worse: dict[str, Any], better: dict[str, Any]) -> Gain:
-        """Each has "nll", a mean over images of each seed, and "nll_of_images", a mean over seeds of each image."""
-        images = [a - b for a, b in zip(worse["nll_of_images"], better["nll_of_images"], strict=True)]
-        seeds = [a - b for a, b in zip(worse["nll"], better["nll"], strict=True)]
-        return cls(statistics.fmean(seeds), statistics.stdev(images) / math.sqrt(len(images)), seeds)
+    def of(cls, models: Mapping[str, dict[str, Any]], worse: str, better: str) -> Gain | None:
+        """None unless both models are there. Each has "nll", a mean over images of each seed, and "nll_of_images", a mean
+        over seeds of each image."""
+        if not {worse, better} <= models.keys():
+            return None
+        images, seeds = (
+            [a - b for a, b in zip(models[worse][key], models[better][key], strict=True)]
+            for key in ("nll_of_images", "nll")
+        )
+        return cls(statistics.fmean(seeds), mean_and_error(images)["se"], seeds)
+
+    def exceeds(self, least: float, errors: float) -> Bound:
+        """At least so many nats, and more than so many standard errors."""
+        return Bound(self.mean >= least and self.mean > errors * self.se, (Limit(least), Limit(errors)))
 
     def __str__(self) -> str:
-        words = ", ".join(f"{gain:.2f}" for gain in self.seeds)
-        return f"{self.mean:.2f} ± {self.se:.2f} nats (s.e., paired images); seeds {words}"
+        return f"{self.mean:.2f} ± {self.se:.2f} nats (s.e., paired images); seeds {listed(self.seeds)}"
+
+
+def logged(folder: Path, *keys: str) -> dict[str, list[float]]:
+    """The course of a run: what metrics.csv, or TensorBoard's events where there is none, have under these keys, at the
+    steps at which all were logged; the steps, which count from 0, under "step". A run that was cut off logs some twice."""
+    if (path := folder / "metrics.csv").is_file():
+        with path.open() as file:
+            rows = list(csv.DictReader(file))
+        found = {key: {int(row["step"]): float(row[key]) for row in rows if row.get(key)} for key in keys}
+    else:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        found = {key: {event.step: event.value for event in events.Scalars(key)} for key in keys}
+    steps = sorted(set.intersection(*map(set, found.values())))
+    return {"step": steps, **{key: [found[key][step] for step in steps] for key in keys}}
+
+
+# --- training and measuring -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -130,7 +228,7 @@ class Context:
     """What `measure` is given.
 
     quick: the form. folder: scratch, not committed. jobs: how many processes may run side by side. settings: the form's
-    SETTINGS. Trained runs and measured pieces stay in the scratch, so that an experiment that was cut off goes on.
+    SETTINGS. name: the experiment's. Trained runs and measured pieces stay in the scratch, so that what was cut off goes on.
     committed: what results.json holds, of whatever settings; parts: how the parts of these results were made.
     """
 
@@ -138,11 +236,37 @@ class Context:
     folder: Path
     jobs: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
     stamp: dict[str, Any] = field(default_factory=dict)  # a piece made under another is stale
     committed: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda line: None
     reused_seconds: float = 0.0  # what the pieces, runs and parts that were found had cost
+
+    @property
+    def config(self) -> str:
+        """experiment=NAME, or the quick form's where conf/experiment/ has one."""
+        quick = self.quick and (Path(CONFIGS) / "experiment" / f"{self.name}_quick.yaml").is_file()
+        return f"experiment={self.name}" + "_quick" * quick
+
+    def train_grid(self, cells: Mapping[str, list[str]], seeds: Iterable[int]) -> dict[tuple[str, int], Path]:
+        """{(cell, seed): folder} of runs of the experiment's config, one for each cell's overrides and each seed."""
+        names = {(cell, seed): f"{cell.replace(' ', '_')},seed={seed}" for cell in cells for seed in seeds}
+        folders = self.train_many(
+            {name: [self.config, *cells[cell], f"seed={seed}"] for (cell, seed), name in names.items()}
+        )
+        return {run: folders[name] for run, name in names.items()}
+
+    def measure_grid(
+        self, measures: Mapping[tuple[str, int], Callable[[], Any]], what: str = "measured"
+    ) -> dict[str, list[Any]]:
+        """{cell: [what was found of each seed]} by `cached_many` of {(cell, seed): how to measure it}."""
+        names = {(cell, seed): f"{what},{cell.replace(' ', '_')},seed={seed}" for cell, seed in measures}
+        found = self.cached_many({name: measures[run] for run, name in names.items()})
+        gathered: dict[str, list[Any]] = {}
+        for (cell, _), name in names.items():
+            gathered.setdefault(cell, []).append(found[name])
+        return gathered
 
     def train(self, overrides: list[str], name: str) -> Path:
         """The folder of a finished run of conf/train.yaml with these overrides, trained now unless it is there.
@@ -192,16 +316,7 @@ class Context:
     def cached(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure()` returned, now or when this was last run with the same settings. Always as JSON gives it back:
         tuples as lists, keys as strings."""
-        path, stamp = self._piece(name), as_json(self.stamp)
-        if (piece := _read_piece(path, stamp)) is not None:
-            self.reused_seconds += piece["seconds"]
-            return piece["value"]
-        started, before = time.monotonic(), self.reused_seconds
-        value = as_json(measure())
-        seconds = time.monotonic() - started + self.reused_seconds - before
-        write_json(path, {"settings": stamp, "seconds": round(seconds, 2), "value": value})
-        self.say(f"{name}: measured, {duration(seconds)}")
-        return value
+        return self.cached_many({name: measure})[name]
 
     def cached_many(self, measures: dict[str, Callable[[], Any]]) -> dict[str, Any]:
         """`cached` of several pieces, `jobs` of them side by side, each in a process of its own if there are two.
@@ -210,7 +325,7 @@ class Context:
         """
         from joblib import Parallel, delayed
 
-        jobs, stamp = min(self.jobs, len(measures)), as_json(self.stamp)
+        jobs, stamp = max(1, min(self.jobs, len(measures))), as_json(self.stamp)
         ended = Parallel(n_jobs=jobs, return_as="generator_unordered")(
             delayed(_measure_piece)(name, self._piece(name), stamp, measure) for name, measure in measures.items()
         )
@@ -273,23 +388,6 @@ def _train(name: str, overrides: list[str], folder: Path) -> tuple[str, float, f
     return name, status["seconds"], max(0.0, before)
 
 
-def pack_images(images: Any) -> dict[str, Any]:
-    """Arrays or tensors in [0, 1] as 8-bit grey levels in compressed text, for results.json: a picture needs no more."""
-    import numpy as np
-
-    levels = np.rint(np.asarray(images, dtype=np.float64) * 255).clip(0, 255).astype(np.uint8)
-    text = base64.b64encode(zlib.compress(levels.tobytes(), 9)).decode()
-    return {"shape": list(levels.shape), "levels": text}
-
-
-def unpack_images(packed: dict[str, Any]) -> Any:
-    """What `pack_images` packed, as a numpy array in [0, 1]."""
-    import numpy as np
-
-    levels = np.frombuffer(zlib.decompress(base64.b64decode(packed["levels"])), np.uint8)
-    return levels.reshape(packed["shape"]) / 255
-
-
 def as_json(value: Any) -> Any:
     """`value` as it would be read back; numbers and arrays of numpy and torch become Python's."""
     return json.loads(json.dumps(value, default=lambda other: other.tolist()))
@@ -304,11 +402,3 @@ def surroundings() -> dict[str, Any]:
         "device": device,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-
-
-def duration(seconds: float) -> str:
-    """ "42 s", "12 min", "3 h 20 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,14 +1,16 @@
 """`python -m vae.reproduce NAME [--quick]`: rerun a paper's experiment and hold it to the paper's claims.
 
-An experiment is a folder `experiments/NAME/` of the checkout with an `experiment.py` that defines
+An experiment is a folder `experiments/NAME/` of the checkout with three files, written with vae.experiment and
+vae.experiment_figures:
 
-    PAPER = "Lucas et al. 2019, ..."                 a literal, one line
-    CLAIM = "..."                                    a literal, one sentence
-    SETTINGS = {"quick": {...}, "full": {...}}       optional: the numbers that decide what is measured, seeds among them
-    measure(context: Context) -> dict                the heavy part; what it returns can be written as JSON
-    claims(results: dict) -> list[Claim]             pure, from what `measure` returned and nothing else
-    table(results: dict) -> Table                    the paper's numbers beside ours
-    figure(results: dict) -> matplotlib Figure
+    protocol.py    PAPER = "Lucas et al. 2019, ..."            a literal, one line
+                   CLAIM = "..."                               a literal, one sentence
+                   SETTINGS = {"quick": {...}, "full": {...}}  optional: the numbers that decide what is measured, seeds
+                                                               among them
+                   measure(context: Context) -> dict           the heavy part; what it returns can be written as JSON
+    claims.py      claims(results: dict) -> list[Claim]        pure, from what `measure` returned and nothing else
+                   table(results: dict) -> Table               the paper's numbers beside ours
+    figure.py      figure(results: dict) -> matplotlib Figure
 
 `measure` is not run again while its results are there and the settings are those they were made with: SETTINGS of the
 form, and conf/experiment/NAME.yaml (for the quick form NAME_quick.yaml too), where there are such files. Everything else
@@ -34,9 +36,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vae.cli import CONFIGS, command_line, sentences
+from vae.cli import CONFIGS, command_line, duration, sentences
 from vae.errors import VAEError
-from vae.experiment import STYLE, Claim, Context, Table, as_json, duration, surroundings
+from vae.experiment import Claim, Context, Table, as_json, surroundings
+from vae.experiment_figures import STYLE
 from vae.files import write_atomically, write_json, write_text
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ class Experiment:
     outputs: Path | None = None
 
     def __post_init__(self) -> None:
-        if not (self.checkout / "experiments" / self.name / "experiment.py").is_file():
+        if not (self.checkout / "experiments" / self.name / "protocol.py").is_file():
             known = ", ".join(names(self.checkout))
             raise VAEError(
                 f"There is no experiment {self.name!r} here: choose from {known}."
@@ -72,25 +75,25 @@ class Experiment:
     def scratch(self, form: str) -> Path:
         return (self.outputs or self.checkout) / "runs" / "experiments" / (self.name + ("-quick" * (form == "quick")))
 
-    def module(self) -> ModuleType:
-        """experiments.NAME.experiment, imported from the checkout."""
+    def module(self, part: str) -> ModuleType:
+        """experiments.NAME.protocol, .claims or .figure, imported from the checkout."""
         path = str(self.checkout.resolve())
         if path not in sys.path:
             sys.path.insert(0, path)
             importlib.invalidate_caches()
-        return importlib.import_module(f"experiments.{self.name}.experiment")
+        return importlib.import_module(f"experiments.{self.name}.{part}")
 
     def literal(self, constant: str) -> str:
         """PAPER or CLAIM, without importing what `measure` needs."""
-        tree = ast.parse((self.checkout / "experiments" / self.name / "experiment.py").read_text())
+        tree = ast.parse((self.checkout / "experiments" / self.name / "protocol.py").read_text())
         for node in tree.body:
             if isinstance(node, ast.Assign) and any(getattr(t, "id", None) == constant for t in node.targets):
                 return ast.literal_eval(node.value)
-        raise VAEError(f"experiments/{self.name}/experiment.py does not say its {constant}.")
+        raise VAEError(f"experiments/{self.name}/protocol.py does not say its {constant}.")
 
     def settings(self, form: str) -> dict[str, Any]:
         """What the results depend on: SETTINGS of the form, and the configs of that name."""
-        stamp: dict[str, Any] = {"settings": getattr(self.module(), "SETTINGS", {}).get(form, {})}
+        stamp: dict[str, Any] = {"settings": getattr(self.module("protocol"), "SETTINGS", {}).get(form, {})}
         for name in (self.name, f"{self.name}_quick")[: 2 if form == "quick" else 1]:
             path = Path(CONFIGS) / "experiment" / f"{name}.yaml"
             if path.is_file():
@@ -100,7 +103,7 @@ class Experiment:
 
 def names(checkout: Path = Path()) -> list[str]:
     """The experiments of a checkout."""
-    return sorted(path.parent.name for path in checkout.glob("experiments/*/experiment.py"))
+    return sorted(path.parent.name for path in checkout.glob("experiments/*/protocol.py"))
 
 
 def reproduce(
@@ -114,21 +117,21 @@ def reproduce(
     from rich.markup import escape
 
     console = console or Console()
-    folder, module = experiment.results_folder(form), experiment.module()
+    folder, said = experiment.results_folder(form), experiment.module("claims")
     console.rule(f"{experiment.name} ({form})", align="left")
     console.print(f"{experiment.literal('PAPER')}\n{experiment.literal('CLAIM')}", highlight=False)
 
     record = _measured(experiment, form, jobs, again, console)
     results = record["results"]
-    _draw(module, results, folder / "figure.png")
-    claims = module.claims(results)
+    _draw(experiment.module("figure"), results, folder / "figure.png")
+    claims = said.claims(results)
     verdicts = {"claims": [asdict(claim) for claim in claims], "held": sum(c.holds for c in claims), "of": len(claims)}
     made = {key: record[key] for key in ("date", "device", "seconds")}
     write_json(folder / "verdicts.json", as_json({**verdicts, **made}))
     if experiment.outputs is None:
         fill_readme(experiment, form)
 
-    module.table(results).print(console)
+    said.table(results).print(console)
     for claim in claims:
         console.print(
             f"[{'bold green]pass' if claim.holds else 'bold red]MISS'}[/] "
@@ -162,13 +165,14 @@ def _measured(experiment: Experiment, form: str, jobs: int, again: bool, console
         folder=scratch,
         jobs=jobs,
         settings=stamp["settings"],
+        name=experiment.name,
         stamp=stamp,
         committed=committed,
         say=lambda line: console.print(f"  {line}", style="dim", highlight=False, soft_wrap=True),
     )
     scratch.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    results = as_json(experiment.module().measure(context))
+    results = as_json(experiment.module("protocol").measure(context))
     seconds = time.monotonic() - started + context.reused_seconds
     flags = " --quick" * (form == "quick") + f" --jobs {jobs}"
     record = {
@@ -217,13 +221,21 @@ def verdict_table(claims: list[Claim]) -> Table:
 # --- all of them ----------------------------------------------------------------------------------------------------
 
 
-def overview(checkout: Path = Path()) -> Table:
-    """Every experiment with its last verdicts, in both forms, and what they cost."""
+def overview(checkout: Path = Path(), short: bool = False) -> Table:
+    """Every experiment with its last verdicts, in both forms, and what they cost. short: for a terminal of 80 columns."""
     rows = []
     for name in names(checkout):
         experiment = Experiment(name, checkout)
-        rows.append((name, *(_last(experiment.results_folder(form)) for form in FORMS), experiment.literal("PAPER")))
-    return Table(("experiment", "quick", "full", "paper"), rows)
+        paper = experiment.literal("PAPER")
+        last = (_last(experiment.results_folder(form)) for form in FORMS)
+        rows.append((name, *last, first_source(paper) if short else paper))
+    return Table(("experiment", "quick", "full", "paper"), rows, numbers=not short, fixed=3)
+
+
+def first_source(paper: str) -> str:
+    """ "Hinton 2015": the first author and the year of the first work that PAPER names."""
+    found = re.search(r"([A-Z]\w+)(?:(?:, [A-Z]\w+)* & [A-Z]\w+| et al\.)? (\d{4})", paper)
+    return f"{found[1]} {found[2]}" if found else paper
 
 
 def _last(folder: Path) -> str:
@@ -254,7 +266,7 @@ def main(arguments: Sequence[str] | None = None, checkout: Path = Path()) -> int
         if options.jobs < 1:
             raise VAEError(f"--jobs {options.jobs} must be at least 1.")
         if options.list:
-            table = overview(checkout)
+            table = overview(checkout, short=not options.markdown)
             if not table.rows:
                 Experiment("", checkout)  # raises the sentence that says where experiments are
             print(table.markdown(), end="") if options.markdown else table.print(console)
@@ -297,7 +309,7 @@ def markdown(experiment: Experiment, form: str) -> str:
     path = experiment.results_folder(form) / "results.json"
     if not path.is_file():
         raise VAEError(f"{path} does not exist: run the experiment first.")
-    record, module = json.loads(path.read_text()), experiment.module()
+    record, said = json.loads(path.read_text()), experiment.module("claims")
     made = f"`{record['command']}`, {record['device']}, {record['date'][:10]}, {duration(record['seconds'])}.\n"
     earlier: dict[str, list[tuple[str, float]]] = {}
     for name, part in record.get("parts", {}).items():
@@ -306,8 +318,8 @@ def markdown(experiment: Experiment, form: str) -> str:
     for day, parts in earlier.items():
         names, seconds = zip(*parts, strict=True)
         made = made.replace(".\n", f"; of it {', '.join(names)} on {day}, {duration(sum(seconds))}.\n")
-    verdicts = verdict_table(module.claims(record["results"])).markdown()
-    return "\n".join([module.table(record["results"]).markdown(), verdicts, made])
+    verdicts = verdict_table(said.claims(record["results"])).markdown()
+    return "\n".join([said.table(record["results"]).markdown(), verdicts, made])
 
 
 def fill_readme(experiment: Experiment, form: str) -> None:

@@ -6,14 +6,11 @@ The "prompt" is a digit; a policy answers it with a latent, the decoder with an 
 
 from __future__ import annotations
 
-import base64
 import math
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -191,19 +188,6 @@ def tilted(pool: dict[str, Tensor], beta: float) -> dict[str, float]:
     weight = log_weight.exp()
     kl = (weight * (log_weight + math.log(len(weight)))).sum(0).mean().item()
     return {"kl": kl, **{name: (weight * scores).sum(0).mean().item() for name, scores in pool.items()}}
-
-
-# --- pictures that fit into results.json ----------------------------------------------------------------------------------
-
-
-def packed(images: Tensor) -> dict:
-    """Images in [0, 1], (rows, columns, H, W), as text."""
-    pixels = (images * 255).round().to(torch.uint8).numpy()
-    return {"shape": pixels.shape, "zlib": base64.b64encode(zlib.compress(pixels.tobytes(), 9)).decode()}
-
-
-def unpacked(text: dict) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text["zlib"])), np.uint8).reshape(text["shape"])
 
 
 def sampled_images(vae: VAE, policy: DiagonalGaussian, each: int, noise: torch.Generator) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.disentanglement import experiment
-from experiments.disentanglement.experiment import BETA, CAPACITY, FACTOR, FACTOR_SCORE, MIG, TC, VAE
+from experiments.disentanglement import claims, protocol
+from experiments.disentanglement.protocol import BETA, CAPACITY, FACTOR, FACTOR_SCORE, MIG, TC, VAE
 
 SCORES = {VAE: 0.1, BETA: 0.2, CAPACITY: 0.2, TC: 0.4, FACTOR: 0.4}
 
@@ -16,7 +16,7 @@ def results(mig: dict[str, float] | None = None, spread_of_seeds: float = 0.2, t
     mig = {**SCORES, **(mig or {})}
 
     def run(method: str, strength: str, sign: int) -> dict:
-        scores = dict.fromkeys(experiment.METRICS, mig[method] + sign * spread_of_seeds)
+        scores = dict.fromkeys(protocol.METRICS, mig[method] + sign * spread_of_seeds)
         return {
             "scores": scores,
             "factors": ["x", "y", "scale"],
@@ -33,7 +33,7 @@ def results(mig: dict[str, float] | None = None, spread_of_seeds: float = 0.2, t
 
 
 def missed(made_up: dict) -> list[str]:
-    return [claim.name for claim in experiment.claims(made_up) if not claim.holds]
+    return [claim.name for claim in claims.claims(made_up) if not claim.holds]
 
 
 def test_every_claim_holds_of_results_as_the_papers_have_them():
@@ -68,7 +68,7 @@ def test_a_rate_that_is_not_the_capacity_misses():
 def test_shares_of_the_variance_have_the_hand_computed_values():
     # methods at 0 and 4; strengths -1 and +1 about them; seeds -0.5 and +0.5 about those
     scores = np.array([[[m + h + s for s in (-0.5, 0.5)] for h in (-1, 1)] for m in (0, 4)])
-    assert experiment.variance_shares(scores) == pytest.approx(np.array([4, 1, 0.25]) / 5.25)
+    assert claims.variance_shares(scores) == pytest.approx(np.array([4, 1, 0.25]) / 5.25)
 
 
 def test_components_are_those_that_random_effects_were_drawn_with():
@@ -80,7 +80,7 @@ def test_components_are_those_that_random_effects_were_drawn_with():
         + sd[2] * rng.standard_normal((5, 3, 4))
         for _ in range(2000)
     ]
-    found = np.array([experiment.variance_components(scores) for scores in draws])
+    found = np.array([claims.variance_components(scores) for scores in draws])
     error = np.abs(found.mean(0) - sd**2) / (found.std(0) / len(draws) ** 0.5)
     assert (error < 4).all()
 
@@ -88,20 +88,20 @@ def test_components_are_those_that_random_effects_were_drawn_with():
 def test_an_interval_of_shares_holds_the_estimate_and_vanishes_without_noise():
     rng = np.random.default_rng(0)
     scores = rng.standard_normal((4, 1, 1)) + 0.3 * rng.standard_normal((4, 2, 5))
-    low, high = experiment.bootstrapped(scores)
-    assert (low < experiment.variance_shares(scores)).all() and (experiment.variance_shares(scores) < high).all()
+    low, high = claims.bootstrapped(scores)
+    assert (low < claims.variance_shares(scores)).all() and (claims.variance_shares(scores) < high).all()
     still = np.broadcast_to(rng.standard_normal((4, 2, 1)), (4, 2, 5))
-    assert np.ptp(experiment.bootstrapped(still), axis=0) == pytest.approx(np.zeros(3), abs=1e-12)
+    assert np.ptp(claims.bootstrapped(still), axis=0) == pytest.approx(np.zeros(3), abs=1e-12)
 
 
 def test_methods_are_compared_in_order_and_the_vae_is_not_among_them():
-    scores = experiment.compared(results(), MIG)
+    scores = claims.compared(results(), MIG)
     assert scores.shape == (4, 2, 2)
     assert scores.mean((1, 2)) == pytest.approx([SCORES[m] for m in (BETA, CAPACITY, TC, FACTOR)])
-    assert experiment.scores_of(results(), VAE, FACTOR_SCORE) == pytest.approx([-0.1, 0.3])
+    assert claims.scores_of(results(), VAE, FACTOR_SCORE) == pytest.approx([-0.1, 0.3])
 
 
 def test_both_forms_claim_about_strengths_that_they_train():
-    for settings in experiment.SETTINGS.values():
+    for settings in protocol.SETTINGS.values():
         assert all(strength in settings["methods"][method] for method, strength in settings["claimed"].items())
         assert len({len(s) for method, s in settings["methods"].items() if method != VAE}) == 1  # a balanced design

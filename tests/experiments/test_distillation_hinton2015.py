@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.distillation_hinton2015 import experiment
+from experiments.distillation_hinton2015 import claims, protocol
 from vae.seeding import generator
 
 
@@ -16,7 +16,7 @@ def made_up(teacher=(80, 90), hard=(140, 150), soft=(100, 110), after=14) -> dic
     few = {"test": 4730, "repaired": 1320, "bias": -7.6}
     return {
         "teacher": runs["teacher"],
-        experiment.HARD: runs["hard"],
+        protocol.HARD: runs["hard"],
         "soft": {t: [{"test": n} for n in soft] for t in ("8", "20")},
         "no 3s": [no3, no3],
         "7s and 8s alone": [few, few],
@@ -24,7 +24,7 @@ def made_up(teacher=(80, 90), hard=(140, 150), soft=(100, 110), after=14) -> dic
 
 
 def verdicts(**changed) -> list[bool]:
-    return [claim.holds for claim in experiment.claims(made_up(**changed))]
+    return [claim.holds for claim in claims.claims(made_up(**changed))]
 
 
 def test_claims_hold_on_the_papers_numbers_and_fail_on_others():
@@ -34,17 +34,17 @@ def test_claims_hold_on_the_papers_numbers_and_fail_on_others():
     assert verdicts(soft=(141, 60))[5] is False  # a seed in which the labels alone do better
     assert verdicts(after=52)[2:4] == [False, False]  # 94.9% of the 3s right, and two fifths of the errors left
     assert verdicts(after=45)[2:4] == [True, False]
-    assert all(len(row) == 4 for row in experiment.table(made_up()).rows)
+    assert all(len(row) == 4 for row in claims.table(made_up()).rows)
 
 
 def test_shifts_move_an_image_and_bring_in_black():
     x = torch.arange(2 * 784, dtype=torch.float32).view(2, 784) + 1
-    windows = experiment.shifts(x, 2)
+    windows = protocol.shifts(x, 2)
     assert windows.shape == (2, 5, 5, 28, 28)
     assert windows[1, 2, 2].flatten().equal(x[1])
     down = torch.cat([torch.zeros(2, 28), x[0].view(28, 28)[:-2]])
     assert windows[0, 0, 2].equal(down)
-    assert experiment.shifts(x, 0)[:, 0, 0].flatten(1).equal(x)
+    assert protocol.shifts(x, 0)[:, 0, 0].flatten(1).equal(x)
 
 
 def test_repair_finds_the_bias_that_was_taken_away():
@@ -53,7 +53,7 @@ def test_repair_finds_the_bias_that_was_taken_away():
     logits = torch.rand(500, 10, generator=generator(0, "logits"))
     logits[torch.arange(500), y] += 2.0
     logits[:, 3] -= 5.0
-    found = experiment.repair(logits, y, logits, y, [3])
+    found = protocol.repair(logits, y, logits, y, [3])
     assert found["on_classes"] == 50 and found["of_classes"] == 50
     assert (found["repaired"], found["repaired_on_classes"]) == (0, 0)
     assert found["bias"] == pytest.approx(5.0, abs=1.1)
@@ -65,7 +65,7 @@ def test_a_net_learns_and_begins_alike_from_the_same_seed():
 
     def net():
         noise = generator(0, "net")
-        return experiment.ReLUNet([784, 32, 10], noise), noise
+        return protocol.ReLUNet([784, 32, 10], noise), noise
 
     (first, noise), (second, _) = net(), net()
     assert all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
@@ -73,5 +73,5 @@ def test_a_net_learns_and_begins_alike_from_the_same_seed():
     def loss(logits, index):
         return torch.nn.functional.cross_entropy(logits, y[index])
 
-    experiment.fit(first, x, loss, epochs=20, batch_size=50, lr=2e-3, noise=noise)
-    assert experiment.errors(experiment.logits_of(first, x), y) < 20
+    protocol.fit(first, x, loss, epochs=20, batch_size=50, lr=2e-3, noise=noise)
+    assert protocol.errors(protocol.logits_of(first, x), y) < 20

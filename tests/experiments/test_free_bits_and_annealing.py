@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from experiments.free_bits_and_annealing import experiment
+from experiments.free_bits_and_annealing import claims, protocol
 from vae.beta import Cyclical, Linear
 from vae.cli import CONFIGS
 
@@ -36,7 +36,7 @@ def results(rates: dict[str, float] | None = None, nll: dict[str, float] | None 
 
 
 def missed(made_up: dict) -> list[str]:
-    return [claim.name for claim in experiment.claims(made_up) if not claim.holds]
+    return [claim.name for claim in claims.claims(made_up) if not claim.holds]
 
 
 def test_every_claim_holds_of_results_as_the_papers_have_them():
@@ -67,7 +67,7 @@ def test_a_rate_that_falls_after_the_warm_up_misses_the_end_alone():
         run["curve"]["rate"] = [4.0, 3.2, 2.0]
         run["rate"], run["distortion"] = 2.0, 11.0
     assert missed(made_up) == ["warm-up: and still are at the end"]
-    assert experiment.at_step(made_up, "warm-up", 551) == [3.2, 3.2]
+    assert claims.at_step(made_up, "warm-up", 551) == [3.2, 3.2]
 
 
 def test_one_seed_that_does_not_collapse_is_enough_to_miss():
@@ -78,7 +78,7 @@ def test_one_seed_that_does_not_collapse_is_enough_to_miss():
 
 def test_paired_standard_errors_have_what_is_common_to_images_taken_out():
     differences = torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]])
-    found = experiment.paired(differences)
+    found = protocol.paired(differences)
     assert found["mean"] == pytest.approx(3.0)
     assert found["se_of_seeds"] == pytest.approx(1.0)  # seeds' means 2 and 4: sd sqrt(2), over sqrt(2)
     assert found["se_of_images"] == pytest.approx(1 / 3**0.5)  # images' means 2, 3, 4: sd 1
@@ -87,11 +87,11 @@ def test_paired_standard_errors_have_what_is_common_to_images_taken_out():
 def test_curves_keep_the_rows_of_validations(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,step,train/rate,val/elbo,val/rate\n0,49,5.0,,\n0,549,,-13.5,1.25\n1,1099,,-13.0,1.5\n")
-    assert experiment.curve(path) == {"steps": [550, 1100], "rate": [1.25, 1.5], "elbo": [-13.5, -13.0]}
+    assert protocol.curve(tmp_path) == {"steps": [550, 1100], "rate": [1.25, 1.5], "elbo": [-13.5, -13.0]}
 
 
 def test_the_weight_of_a_schedule_stays_at_1_from_the_step_that_is_said():
-    steps = experiment.at_full_weight({"warm_up": 600, "cycles_end": 1000})
+    steps = claims.at_full_weight({"warm_up": 600, "cycles_end": 1000})
     for name, schedule in (("warm-up", Linear(600)), ("cyclical", Cyclical(1000))):
         weights = [float(schedule(step)) for step in range(1100)]
         assert weights[steps[name] - 1] < 1
@@ -101,5 +101,5 @@ def test_the_weight_of_a_schedule_stays_at_1_from_the_step_that_is_said():
 def test_schedules_end_within_the_training():
     for form, suffix in (("quick", "_quick"), ("full", "")):
         config = yaml.safe_load(Path(CONFIGS, "experiment", f"free_bits_and_annealing{suffix}.yaml").read_text())
-        settings, steps = experiment.SETTINGS[form], config["trainer"]["max_epochs"] * experiment.STEPS_PER_EPOCH
+        settings, steps = protocol.SETTINGS[form], config["trainer"]["max_epochs"] * protocol.STEPS_PER_EPOCH
         assert 2 * settings["cycles_end"] == 4 * settings["warm_up"] == steps

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from experiments.inference_gaps.claims import claims, pooled, table
 from experiments.inference_gaps.exact import exact_model, measure_exact
-from experiments.inference_gaps.experiment import PAPER_GAPS, SETTINGS, claims, overrides, pooled, table, with_flows
+from experiments.inference_gaps.protocol import PAPER_GAPS, SETTINGS, overrides, with_flows
 from vae.cli import CONFIGS
 from vae.evaluation.gaps import elbo, inference_gaps
 from vae.evaluation.likelihood import log_likelihood

@@ -9,21 +9,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.iwae.experiment import (
-    PUBLISHED,
-    SETTINGS,
-    cells,
-    claims,
-    gain,
-    overrides,
-    protocol,
-    slope,
-    table,
-    title,
-)
+from experiments.iwae.claims import claims, slope, table
+from experiments.iwae.protocol import PUBLISHED, SETTINGS, cells, overrides, protocol, title
 from experiments.iwae.toy import SPREAD, Toy, agreement, ratio
 from vae.cli import CONFIGS
 from vae.engine.build import instantiate
+from vae.experiment import Gain
 
 K = [1, 4, 16, 64, 256, 1024]
 
@@ -65,8 +56,8 @@ def test_cells_are_those_of_the_settings_cheap_ones_first():
 
 def test_the_configs_are_the_protocol():
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        vae = compose("train", overrides("iwae", ("1", "vae", 5), 2, SETTINGS["full"]))
-        deep = compose("train", overrides("iwae_quick", ("2", "dreg", 50), 0, SETTINGS["quick"]))
+        vae = compose("train", ["experiment=iwae", "seed=2", *overrides(("1", "vae", 5), SETTINGS["full"])])
+        deep = compose("train", ["experiment=iwae", *overrides(("2", "dreg", 50), SETTINGS["quick"])])
     assert vae.objective._target_.endswith("MIWAE")
     assert (vae.objective.groups, vae.objective.samples) == (5, 1)
     assert (vae.seed, vae.trainer.max_epochs, vae.optimizer.eps, vae.model.latent_dim) == (2, 300, 1e-4, 50)
@@ -185,11 +176,11 @@ def test_active_units_are_not_judged_before_they_have_settled():
 
 def test_gain_is_paired_by_image_and_by_seed():
     results = made_up(**{"1L_vae_1": 90, "1L_iwae_5": 88})
-    found = gain(results, "1L-vae-1", "1L-iwae-5")
+    found = Gain.of(results["cells"], "1L-vae-1", "1L-iwae-5")
     assert found.mean == pytest.approx(2)
     assert found.se == pytest.approx(0, abs=1e-9)  # images differ by tens of nats, the pairs by nothing
     assert found.seeds == pytest.approx([2, 2, 2])
-    assert gain(results, "1L-vae-1", "1L-iwae-50") is None
+    assert Gain.of(results["cells"], "1L-vae-1", "1L-iwae-50") is None
 
 
 def test_slopes_skip_what_was_lost_in_noise():

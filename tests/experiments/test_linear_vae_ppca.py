@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from experiments.linear_vae_ppca import experiment
+from experiments.linear_vae_ppca import claims, figure, protocol
 from vae.evaluation.ppca import Spectrum, optimum
 from vae.seeding import generator
 
@@ -19,10 +19,10 @@ DATA = Spectrum(torch.zeros(8, dtype=torch.float64), VALUES, torch.eye(8, dtype=
 @pytest.mark.parametrize("sigma2", [None, 1.0])
 def test_full_batch_phase_finds_the_optimum_its_components_and_what_collapses(sigma2):
     best = optimum(VALUES, 5, sigma2)
-    start = experiment.random_start(8, 5, generator("start"))
+    start = protocol.random_start(8, 5, generator("start"))
     if sigma2 is not None:
         start = start._replace(log_sigma2=torch.zeros((), dtype=torch.float64))
-    found = experiment.describe(experiment.full_batch(start, VALUES, 500, sigma2 is None), DATA, best)
+    found = protocol.describe(protocol.full_batch(start, VALUES, 500, sigma2 is None), DATA, best)
     assert found["gap"] == pytest.approx(0, abs=1e-6)
     assert found["rate"] == pytest.approx(best.rate, rel=1e-4)
     assert found["sigma2"] == pytest.approx(best.sigma2, rel=1e-4)
@@ -34,10 +34,10 @@ def test_full_batch_phase_finds_the_optimum_its_components_and_what_collapses(si
 
 def test_angle_and_alignment_see_a_rotation():
     best = optimum(VALUES, 3)
-    weights = experiment.full_batch(experiment.random_start(8, 3, generator(1)), VALUES, 500, True)
+    weights = protocol.full_batch(protocol.random_start(8, 3, generator(1)), VALUES, 500, True)
     turn = torch.eye(8, dtype=torch.float64)
     turn[2:4, 2:4] = torch.tensor([[0.8, -0.6], [0.6, 0.8]])  # the third component leaves the subspace by asin 0.6
-    turned = experiment.describe(weights._replace(decoder=turn @ weights.decoder), DATA, best)
+    turned = protocol.describe(weights._replace(decoder=turn @ weights.decoder), DATA, best)
     assert turned["angle"] == pytest.approx(0.6435, abs=1e-3)
     assert turned["alignment"] == pytest.approx((1 + 1 + 0.8) / 3, abs=1e-3)
 
@@ -60,7 +60,7 @@ def made_up() -> dict:
 
     closed = [
         {"data": data, "k": k, "sigma2": s, "elbo": elbo, "rate": rate, "active": active}
-        for (data, k, s), (elbo, rate, active) in experiment.PUBLISHED.items()
+        for (data, k, s), (elbo, rate, active) in protocol.PUBLISHED.items()
     ]
     return {
         "closed_form": closed,
@@ -70,9 +70,9 @@ def made_up() -> dict:
 
 
 def test_made_up_results_pass_every_claim_and_fill_table_and_figure():
-    assert all(claim.holds for claim in experiment.claims(made_up()))
-    assert len(experiment.table(made_up()).rows) == 11
-    assert len(experiment.figure(made_up()).subfigs) == 1
+    assert all(claim.holds for claim in claims.claims(made_up()))
+    assert len(claims.table(made_up()).rows) == 11
+    assert len(figure.figure(made_up()).subfigs) == 1
 
 
 @pytest.mark.parametrize(
@@ -94,5 +94,5 @@ def test_made_up_results_pass_every_claim_and_fill_table_and_figure():
 def test_each_claim_can_fail(break_it, claim):
     results = made_up()
     break_it(results)
-    missed = [c.name for c in experiment.claims(results) if not c.holds]
+    missed = [c.name for c in claims.claims(results) if not c.holds]
     assert any(re.search(claim, name) for name in missed), missed

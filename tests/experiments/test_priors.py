@@ -7,9 +7,11 @@ import copy
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.priors.experiment import LONG, SETTINGS, claims, difference, gain, measure_model, overrides, table
+from experiments.priors.claims import LONG, claims, difference, table
+from experiments.priors.protocol import SETTINGS, measure_model, overrides
 from vae.cli import CONFIGS
 from vae.engine.run import evaluate, train
+from vae.experiment import Gain
 
 
 def cell(nll: list[float], spread: float, marginal: float) -> dict:
@@ -52,7 +54,7 @@ def test_the_published_numbers_pass_every_claim():
 
 
 def test_gain_is_paired_over_images():
-    found = gain(made_up(), "mnist")
+    found = Gain.of(made_up()["data"]["mnist"], "standard_normal", "vampprior")
     assert found.mean == pytest.approx(2.02)
     assert found.seeds == pytest.approx([2.0, 2.02, 2.04])
     assert found.se == pytest.approx(0.1)  # of differences 2.02 -+ 0.1: the images' own spread of 9 nats cancels
@@ -89,9 +91,8 @@ def test_the_table_has_a_row_a_prior_and_says_how_it_was_measured():
 @pytest.mark.parametrize("form", ["quick", "full"])
 def test_the_configs_are_the_protocol(form):
     settings = SETTINGS[form]
-    name = "priors" + "_quick" * (form == "quick")
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        config = compose("train", overrides(name, "fashion_mnist", "vampprior", 2, settings))
+        config = compose("train", ["experiment=priors", "seed=2", *overrides("fashion_mnist", "vampprior", settings)])
     assert (list(config.network.hidden), config.network.activation, config.model.latent_dim) == (
         [300, 300],
         "gated",
@@ -103,7 +104,7 @@ def test_the_configs_are_the_protocol(form):
 
 
 def test_a_model_is_measured_as_the_library_measures_it(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.priors.experiment.AGGREGATE", 64)
+    monkeypatch.setattr("experiments.priors.protocol.AGGREGATE", 64)
     train(tiny("prior=vampprior", "prior.pseudo_inputs=4"), tmp_path, [], progress_bar=False)
     found = measure_model(tmp_path, images=64, samples=5, pictures=True)
     assert found["elbo"] == pytest.approx(evaluate(tmp_path)["test/elbo"], rel=1e-6)

@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from experiments.rate_control import experiment
+from experiments.rate_control import claims, figure, protocol
 from vae.evaluation.ppca import optimum
 
 VALUES = [6.0, 4.0, 2.5, 1.5, 0.9, 0.5, 0.3, 0.2]
@@ -19,7 +19,7 @@ TARGET = {"beta": 10.0, "rate": BEST.rate, "distortion": BEST.distortion}
 
 @pytest.mark.parametrize("method", ["fixed", "capacity20"])
 def test_the_exact_linear_vae_is_steered_to_the_exact_point(method):
-    found = experiment.steer(VALUES, SMALL, method, TARGET)
+    found = protocol.steer(VALUES, SMALL, method, TARGET)
     assert found["rate"] == pytest.approx(BEST.rate, rel=0.01)
     assert found["squared_error"] == pytest.approx(BEST.squared_error, rel=0.01)
     assert len(found["trace"]["step"]) == 150
@@ -27,29 +27,29 @@ def test_the_exact_linear_vae_is_steered_to_the_exact_point(method):
 
 
 def test_a_linear_vae_that_has_not_converged_says_so_and_by_how_many_nats(caplog):
-    there = experiment.steer(VALUES, SMALL, "fixed", {"beta": 20.0})
-    assert 0 <= there["nats_above_optimum"] < experiment.CONVERGED
+    there = protocol.steer(VALUES, SMALL, "fixed", {"beta": 20.0})
+    assert 0 <= there["nats_above_optimum"] < protocol.CONVERGED
     assert not caplog.records
-    short = experiment.steer(VALUES, {**SMALL, "steps": 150}, "fixed", {"beta": 0.1})
+    short = protocol.steer(VALUES, {**SMALL, "steps": 150}, "fixed", {"beta": 0.1})
     best = optimum(torch.tensor(VALUES, dtype=torch.float64), 6, 0.1, beta=0.1)
     above = short["distortion"] + 0.1 * short["rate"] - best.distortion - 0.1 * best.rate
     assert short["nats_above_optimum"] == pytest.approx(above)
-    assert above > experiment.CONVERGED
+    assert above > protocol.CONVERGED
     assert f"beta = 0.1 has not converged in 150 steps: distortion + beta rate is {above:.2f} nats" in caplog.text
 
 
 def test_the_table_marks_a_weight_whose_run_has_not_converged():
     results = made_up()
     results["linear"]["runs"]["fixed-3"]["distortion"] += 0.7
-    rows = {row[0]: row[2] for row in experiment.table(results).rows}
+    rows = {row[0]: row[2] for row in claims.table(results).rows}
     assert rows["linear: fixed beta = 3"].endswith("(not converged: 0.70 nats above the optimum)")
     assert "converged" not in rows["linear: fixed beta = 10"]
 
 
 def test_free_bits_hold_every_latent_of_the_linear_vae_at_the_floor():
-    found = experiment.steer(VALUES, SMALL, "free_bits", TARGET)
+    found = protocol.steer(VALUES, SMALL, "free_bits", TARGET)
     assert min(found["kl"]) >= 0.45
-    assert min(experiment.steer(VALUES, SMALL, "fixed", {"beta": 20.0})["kl"]) < 0.01
+    assert min(protocol.steer(VALUES, SMALL, "fixed", {"beta": 20.0})["kl"]) < 0.01
 
 
 def test_the_log_mean_of_two_betas_is_the_mean_slope_under_water_filling():
@@ -57,13 +57,13 @@ def test_the_log_mean_of_two_betas_is_the_mean_slope_under_water_filling():
     low, high = (optimum(values, 6, 0.05, beta) for beta in (6.5, 9.5))  # the same five latents in use
     assert low.active == high.active
     slope = (high.distortion - low.distortion) / (high.rate - low.rate)
-    assert -slope == pytest.approx(experiment.log_mean(6.5, 9.5))
+    assert -slope == pytest.approx(claims.log_mean(6.5, 9.5))
 
 
 def test_a_set_point_is_judged_by_its_worst_window_of_the_last_fifth():
     trace = {"step": [100.0, 700.0, 800.0, 900.0, 1000.0], "rate": [50.0, 13.0, 10.1, 9.9, 9.7]}
-    assert experiment.largest_error(trace, 1000, "rate", 10.0) == pytest.approx(0.03)
-    assert experiment.last_part(trace, 1000, "rate") == [10.1, 9.9, 9.7]
+    assert claims.largest_error(trace, 1000, "rate", 10.0) == pytest.approx(0.03)
+    assert claims.last_part(trace, 1000, "rate") == [10.1, 9.9, 9.7]
 
 
 def made_up() -> dict:
@@ -81,12 +81,12 @@ def made_up() -> dict:
         return {**exact(beta), "kl": [0.6] * 100, "trace": trace(1.0, 1.0, weight, 3000)}
 
     linear = {
-        **experiment.LINEAR,
+        **protocol.LINEAR,
         "betas": [3, 10],
         "set_points": [10],
         "published": {
             str(beta): {"rate": rate, "squared_error": error, "active": active}
-            for beta, (rate, error, active) in experiment.PUBLISHED.items()
+            for beta, (rate, error, active) in protocol.PUBLISHED.items()
         },
         "exact": {"3": exact(3), "10": exact(10)},
         "curve": {"rate": [200.0, 40.0, 5.0], "squared_error": [4.0, 14.0, 30.0]},
@@ -108,14 +108,14 @@ def made_up() -> dict:
         }
 
     mlp = {
-        **experiment.MLP,
+        **protocol.MLP,
         "betas": list(points),
         "steps": 2000,
         "target": {"rate": 17.0, "distortion": 85.15},
         "runs": {
             **{f"fixed-{beta:g}": [mlp_run(beta), mlp_run(beta)] for beta in points},
             **{method: [mlp_run(2, 2.0), mlp_run(2, 2.0)] for method in ("geco", "control")},
-            **{f"capacity{gamma}": [mlp_run(2), mlp_run(2)] for gamma in experiment.MLP["gammas"]},
+            **{f"capacity{gamma}": [mlp_run(2), mlp_run(2)] for gamma in protocol.MLP["gammas"]},
             "free_bits": [mlp_run(4, 4.0, [0.6] * 20)] * 2,
         },
     }
@@ -123,16 +123,16 @@ def made_up() -> dict:
         "linear": [exact(2), exact(10)],
         "exact": [exact(2), exact(10)],
         "mlp": [[mlp_run(2), mlp_run(2)]] * 2,
-        "settings": experiment.SETTINGS["full"]["ablations"],
+        "settings": protocol.SETTINGS["full"]["ablations"],
     }
     return deepcopy({"linear": linear, "mlp": mlp, "ablations": ablations})
 
 
 def test_made_up_results_pass_every_claim_and_fill_table_and_figure():
-    missed = [claim for claim in experiment.claims(made_up()) if not claim.holds]
+    missed = [claim for claim in claims.claims(made_up()) if not claim.holds]
     assert not missed
-    assert len(experiment.table(made_up()).rows) == 1 + 5 + 4 + 3 + len(experiment.MLP["gammas"]) + 4
-    assert len(experiment.figure(made_up()).axes) == 6
+    assert len(claims.table(made_up()).rows) == 1 + 5 + 4 + 3 + len(protocol.MLP["gammas"]) + 4
+    assert len(figure.figure(made_up()).axes) == 6
 
 
 @pytest.mark.parametrize(
@@ -169,5 +169,5 @@ def test_made_up_results_pass_every_claim_and_fill_table_and_figure():
 def test_each_claim_can_fail(break_it, claim):
     results = made_up()
     break_it(results)
-    missed = [c.name for c in experiment.claims(results) if not c.holds]
+    missed = [c.name for c in claims.claims(results) if not c.holds]
     assert any(re.search(claim, name) for name in missed), missed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -68,9 +67,3 @@ def test_tilting_a_pool_weighs_it_by_the_exponential_of_the_proxy():
     found = latents.tilted(pool, beta=1.0)
     assert found["kl"] == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
     assert found["proxy"] == pytest.approx(0.75 * math.log(3), rel=1e-6)
-
-
-def test_pictures_survive_being_written_as_text():
-    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    back = latents.unpacked(json.loads(json.dumps(latents.packed(images))))
-    assert np.array_equal(back, (images * 255).round().to(torch.uint8).numpy())

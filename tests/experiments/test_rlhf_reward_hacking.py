@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from experiments.rlhf_reward_hacking import experiment, language
+from experiments.rlhf_reward_hacking import claims, figure, language, protocol
 from vae.seeding import generator
 
 BETAS = {"REINFORCE": (0, 0.05, 0.5), "GRPO": (0, 0.5, 2)}
@@ -37,8 +37,8 @@ def results():
 
 
 def test_every_claim_holds_of_results_that_bear_it_out(results):
-    assert all(claim.holds for claim in experiment.claims(results))
-    assert len(experiment.claims(results)) == 1 + 5 * 2 + 1
+    assert all(claim.holds for claim in claims.claims(results))
+    assert len(claims.claims(results)) == 1 + 5 * 2 + 1
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_each_claim_misses_where_its_target_is_missed(results, beta, changed, wo
     damaged = copy.deepcopy(results)
     of_seeds = damaged["policies"]["REINFORCE"]
     of_seeds[beta] = [{**of_seed, **changed} for of_seed in of_seeds[beta]]
-    missed = [claim.name for claim in experiment.claims(damaged) if not claim.holds]
+    missed = [claim.name for claim in claims.claims(damaged) if not claim.holds]
     assert any(word in name for name in missed)
     assert all(name.startswith("REINFORCE") for name in missed)
 
@@ -68,21 +68,21 @@ def test_each_claim_misses_where_its_target_is_missed(results, beta, changed, wo
 def test_a_controller_off_by_more_than_a_tenth_or_a_blind_proxy_is_a_miss(results):
     results["controlled"]["REINFORCE"][0]["trace"]["kl"][-10:] = [5.3] * 10
     results["classifiers"][0]["validation"] = 0.52
-    assert [claim.holds for claim in experiment.claims(results)].count(False) == 2
+    assert [claim.holds for claim in claims.claims(results)].count(False) == 2
 
 
 def test_a_rise_within_two_percent_or_two_standard_errors_is_a_tie():
-    assert experiment.steps_up([[10.0], [5.0], [0.0]]) == (0, 0, 0.0)
-    rises, ties, worst = experiment.steps_up([[10.0], [10.1], [0.0]])
+    assert claims.steps_up([[10.0], [5.0], [0.0]]) == (0, 0, 0.0)
+    rises, ties, worst = claims.steps_up([[10.0], [10.1], [0.0]])
     assert (rises, ties) == (0, 1) and worst == pytest.approx(0.01)
-    assert experiment.steps_up([[10.0], [10.3], [0.0]])[:2] == (1, 0)
+    assert claims.steps_up([[10.0], [10.3], [0.0]])[:2] == (1, 0)
     # up by 1, 0 and 5: 2 on average, standard error 1.53
-    assert experiment.steps_up([[10.0, 10.0, 10.0], [11.0, 10.0, 15.0], [0.0, 0.0, 0.0]])[:2] == (0, 1)
-    assert experiment.steps_up([[10.0, 10.0, 10.0], [12.0, 11.9, 12.2], [0.0, 0.0, 0.0]])[:2] == (1, 0)
+    assert claims.steps_up([[10.0, 10.0, 10.0], [11.0, 10.0, 15.0], [0.0, 0.0, 0.0]])[:2] == (0, 1)
+    assert claims.steps_up([[10.0, 10.0, 10.0], [12.0, 11.9, 12.2], [0.0, 0.0, 0.0]])[:2] == (1, 0)
 
 
 def test_the_table_shows_each_policy_with_its_answer(results):
-    table = experiment.table(results)
+    table = claims.table(results)
     assert [row[0] for row in table.rows][1:] == [
         "reference (beta infinite)",
         *("REINFORCE, beta 0.5", "REINFORCE, beta 0.05", "REINFORCE, beta 0", "REINFORCE, KL held to 6"),
@@ -106,7 +106,7 @@ def test_answers_are_drawn_with_the_probabilities_that_log_probs_gives_them():
     n = 20_000
     answers = net.generate(prompts, 3, n, generator(1))
     every = torch.cartesian_prod(*[torch.arange(3)] * 3).repeat(2, 1)  # all 27 answers to either prompt
-    log_probs = experiment.of_drawn(net.log_probs(prompts, every), every).sum(-1).view(2, 27)
+    log_probs = protocol.of_drawn(net.log_probs(prompts, every), every).sum(-1).view(2, 27)
     assert log_probs.exp().sum(-1) == pytest.approx([1.0, 1.0], abs=1e-5)
     number = (answers * torch.tensor([9, 3, 1])).sum(-1).view(2, n)
     for row, expected in zip(number, log_probs.exp(), strict=True):
@@ -127,6 +127,6 @@ def test_the_manual_is_split_without_overlap_and_survives_encoding():
 def test_the_predicted_kl_is_that_of_a_tilted_gaussian():
     reference = [{"reward_sd": 0.1}]
     # exp(r / beta) moves N(m, sd^2) by sd^2 / beta, which costs (sd / beta)^2 / 2
-    assert experiment.predicted_kl(reference, "REINFORCE", 0.05) == pytest.approx(2.0)
-    assert experiment.predicted_kl(reference, "GRPO", 0.5) == pytest.approx(2.0)
-    assert math.isclose(experiment.predicted_kl(reference, "GRPO", 2), 0.125)
+    assert figure.predicted_kl(reference, "REINFORCE", 0.05) == pytest.approx(2.0)
+    assert figure.predicted_kl(reference, "GRPO", 0.5) == pytest.approx(2.0)
+    assert math.isclose(figure.predicted_kl(reference, "GRPO", 2), 0.125)

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from experiments.what_the_kl_term_does import experiment
+from experiments.what_the_kl_term_does import claims, protocol
 from vae.gaussian import DiagonalGaussian
 from vae.priors import StandardNormal
 
@@ -41,7 +41,7 @@ def results(**changed: dict[str, float]) -> dict:
 
 
 def missed(made_up: dict) -> list[str]:
-    return [claim.name for claim in experiment.claims(made_up) if not claim.holds]
+    return [claim.name for claim in claims.claims(made_up) if not claim.holds]
 
 
 def test_every_claim_holds_of_results_as_expected():
@@ -70,7 +70,7 @@ def test_a_claim_is_missed_if_one_seed_misses_it(changed, names):
 
 
 def test_the_table_has_a_row_for_each_weight_and_the_spread_of_seeds():
-    table = experiment.table(results(distortion={"0": 62.0}))
+    table = claims.table(results(distortion={"0": 62.0}))
     assert [row[0] for row in table.rows] == list(AS_CLAIMED)
     assert table.rows[0][1] == "61.0 ± 1.4"
     assert table.rows[0][-1] == "25.0 %"
@@ -80,17 +80,17 @@ def test_moments_are_those_of_draws():
     torch.manual_seed(0)
     q = DiagonalGaussian(torch.randn(5, 3) * 2 + 1, torch.randn(5, 3))
     draws = q.rsample(torch.Generator().manual_seed(0), (200_000,)).flatten(0, 1).double()
-    mean, covariance = experiment.moments(q)
+    mean, covariance = protocol.moments(q)
     torch.testing.assert_close(mean, draws.mean(0), atol=0.01, rtol=0)
     torch.testing.assert_close(covariance, draws.T.cov(), atol=0.05, rtol=0)
 
 
 def test_the_kl_of_moments_by_hand():
-    assert experiment.moment_kl(torch.zeros(2).double(), torch.eye(2).double()) == pytest.approx(0)
+    assert protocol.moment_kl(torch.zeros(2).double(), torch.eye(2).double()) == pytest.approx(0)
     rho = 0.8
     covariance = torch.tensor([[1, rho], [rho, 1]]).double()
     by_hand = 0.5 * 9 - 0.5 * math.log(1 - rho**2)
-    assert experiment.moment_kl(torch.tensor([3.0, 0.0]).double(), covariance) == pytest.approx(by_hand)
+    assert protocol.moment_kl(torch.tensor([3.0, 0.0]).double(), covariance) == pytest.approx(by_hand)
 
 
 def test_a_latent_space_without_holes_is_full_and_one_of_points_is_empty():
@@ -98,9 +98,9 @@ def test_a_latent_space_without_holes_is_full_and_one_of_points_is_empty():
         prior = StandardNormal(2)
 
     alike = DiagonalGaussian(torch.zeros(3, 2), torch.zeros(3, 2))
-    assert experiment.empty(Prior, alike, 500) == 0
+    assert protocol.empty(Prior, alike, 500) == 0
     points = DiagonalGaussian(torch.randn(3, 2), torch.full((3, 2), -20.0))
-    assert experiment.empty(Prior, points, 500) == 1
+    assert protocol.empty(Prior, points, 500) == 1
 
 
 def test_codes_follow_what_they_are_drawn_from():
@@ -109,8 +109,8 @@ def test_codes_follow_what_they_are_drawn_from():
 
     torch.manual_seed(0)
     q = DiagonalGaussian(torch.randn(4000, 2) + torch.tensor([5.0, 0.0]), torch.full((4000, 2), -2.0))
-    drawn = experiment.codes(Prior, q, 4000)
-    mean, covariance = experiment.moments(q)
+    drawn = protocol.codes(Prior, q, 4000)
+    mean, covariance = protocol.moments(q)
     for source in ("fitted Gaussian", "aggregate posterior"):
         torch.testing.assert_close(drawn[source].double().mean(0), mean, atol=0.1, rtol=0)
         torch.testing.assert_close(drawn[source].double().T.cov(), covariance, atol=0.12, rtol=0)

@@ -14,13 +14,14 @@ from statistics import stdev
 from typing import Any
 from urllib.parse import quote
 
+from vae.cli import duration
 from vae.errors import VAEError
 from vae.files import write_atomically, write_text
 from vae.report.pictures import Gallery, galleries
 from vae.report.plots import draw
 from vae.report.runs import Run, flatten
 from vae.report.sweep import Sweep, canonical, format_value, printable, read_sweep
-from vae.report.tables import Column, count, csv_text, duration, nats, number_columns, tally
+from vae.report.tables import Column, count, csv_text, nats, number_columns, tally
 
 _HERE = Path(__file__).parent
 

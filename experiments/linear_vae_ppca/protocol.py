@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from itertools import product
 
 import numpy as np
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from vae.data.module import ImageDataModule
 from vae.evaluation.ppca import LinearWeights, Optimum, Spectrum, optimum, spectrum
-from vae.experiment import Claim, Context, Table, pack_images, spread, unpack_images
+from vae.experiment import Context
+from vae.experiment_figures import pack_images
 from vae.model import VAE
 from vae.seeding import generator
 
@@ -56,9 +56,6 @@ PUBLISHED = {
 }
 COLLAPSED = (0.01, 0.01)  # KL_i < epsilon nats for a part >= 1 - delta of the images (Lucas et al., definition 1)
 DRAWN = 10  # components shown
-
-
-# --- training -------------------------------------------------------------------------------------------------------
 
 
 def full_batch(start: LinearWeights, values: Tensor, iterations: int, learn_sigma: bool) -> LinearWeights:
@@ -107,9 +104,6 @@ def random_start(n: int, k: int, noise: torch.Generator) -> LinearWeights:
 def _log_uniform(low: float, high: float, noise: torch.Generator) -> Tensor:
     share = torch.rand((), generator=noise, dtype=torch.float64)
     return low * (high / low) ** share
-
-
-# --- measuring ------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -256,235 +250,3 @@ def from_anywhere(data: str, k: int, number: int, iterations: int) -> dict:
         final = full_batch(weights, data_.values, iterations, learn_sigma=True)
         gaps["end"].append(best.elbo - final.terms(data_.values)["elbo"].item())
     return {"data": data, "k": k, **gaps}
-
-
-# --- claims ---------------------------------------------------------------------------------------------------------
-
-TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
-
-
-def title(model: dict) -> str:
-    return f"{TITLES[model['data']]}, k = {model['k']}, sigma² " + (
-        f"fixed at {model['sigma2']:g}" if model["sigma2"] else "learned"
-    )
-
-
-def carrying(kl: list[float]) -> int:
-    """How many latents carry more than a ten-thousandth of a nat."""
-    return sum(nats > 1e-4 for nats in kl)
-
-
-def worst(model: dict, deviation) -> float:
-    return max(deviation(piece) for piece in model["seeds"])
-
-
-def claims(results: dict) -> list[Claim]:
-    made = []
-    for found in results["closed_form"]:
-        elbo, rate, active = PUBLISHED[found["data"], found["k"], found["sigma2"]]
-        off = max(abs(found["elbo"] - elbo), abs(found["rate"] - rate))
-        made.append(
-            Claim(
-                f"closed form on 60,000 images: {title(found)}",
-                off < 6e-4 and found["active"] == active,
-                f"ELBO {found['elbo']:.3f}, rate {found['rate']:.3f}, {found['active']} active",
-                f"{elbo:.3f}, {rate:.3f}, {active}",
-            )
-        )
-    for model in results["models"]:
-        best = model["seeds"][0]["optimum"]
-        gap = worst(model, lambda piece: abs(piece["final"]["gap"]))
-        rate = worst(model, lambda piece: abs(piece["final"]["rate"] / piece["optimum"]["rate"] - 1))
-        made.append(
-            Claim(
-                f"{title(model)}: the trained ELBO and rate are the optimum's",
-                gap < 0.5 and rate < 0.01,
-                f"{gap:.4f} nats and {rate:.2%} off",
-                f"{best['elbo']:.3f} within 0.5 nats, {best['rate']:.3f} within 1%",
-            )
-        )
-        if model["sigma2"] is None:
-            off = worst(model, lambda piece: abs(piece["final"]["sigma2"] / piece["optimum"]["sigma2"] - 1))
-            made.append(
-                Claim(
-                    f"{title(model)}: sigma² ends as the mean of the eigenvalues left out",
-                    off < 0.01,
-                    f"{off:.2%} off",
-                    f"{best['sigma2']:.6f} within 1%",
-                )
-            )
-        else:
-            counts = [carrying(piece["final"]["kl"]) for piece in model["seeds"]]
-            kept = all(piece["final"]["nearest"] == list(range(best["active"])) for piece in model["seeds"])
-            made.append(
-                Claim(
-                    f"{title(model)}: the latents that carry anything are the components whose eigenvalue exceeds sigma²",
-                    set(counts) == {best["active"]} and kept,
-                    f"{' / '.join(map(str, counts))} latents" + ("" if kept else ", not those components"),
-                    f"the first {best['active']} components",
-                )
-            )
-        angle = worst(model, lambda piece: piece["final"]["angle"])
-        made.append(
-            Claim(
-                f"{title(model)}: the decoder spans the principal subspace",
-                angle < 0.02,
-                f"largest angle {angle:.4f}",
-                "below 0.02 radians",
-            )
-        )
-        if model["k"] == 10 or model["sigma2"]:
-            alignment = -worst(model, lambda piece: -piece["final"]["alignment"])
-            made.append(
-                Claim(
-                    f"{title(model)}: its columns are the components themselves",
-                    alignment > 0.99,
-                    f"mean |cos| {alignment:.4f}",
-                    "above 0.99 in every seed",
-                )
-            )
-        off = worst(model, lambda piece: abs(piece["final"]["sampled_elbo"] - piece["final"]["elbo"]))
-        made.append(
-            Claim(
-                f"{title(model)}: the VAE's own ELBO, image by image, is the closed form's",
-                off < 0.4,
-                f"{off:.3f} nats apart",
-                "within 0.4 nats (4 standard errors of one z an image)",
-            )
-        )
-    starts = results["starts"]
-    made.append(
-        Claim(
-            f"{title({**starts, 'sigma2': None})}: from {len(starts['end'])} random starts, no other maximum is found",
-            max(starts["end"]) < 0.05,
-            f"the worst ends {max(starts['end']):.4f} nats below",
-            "every one within 0.05 nats of the optimum (theorem 1)",
-        )
-    )
-    fixed = next(m for m in results["models"] if m["sigma2"] == 1.0)
-    learned = [m for m in results["models"] if m["sigma2"] is None and m["data"] == fixed["data"]]
-    loss = min(m["seeds"][0]["final"]["elbo"] for m in learned) - fixed["seeds"][0]["final"]["elbo"]
-    made.append(
-        Claim(
-            "sigma² has to be learned: fixed at 1 it costs far more than latents could bring",
-            loss > 500,
-            f"{loss:.0f} nats lost, with 50 latents against {min(m['k'] for m in learned)}",
-            "more than 500 nats",
-        )
-    )
-    return made
-
-
-def table(results: dict) -> Table:
-    rows = []
-    for model in results["models"]:
-        best, pieces = model["seeds"][0]["optimum"], model["seeds"]
-
-        def row(what, exact, key, digits, pieces=pieces, model=model):
-            stages = [spread((piece[stage][key] for piece in pieces), digits) for stage in ("minibatch", "final")]
-            rows.append((f"{title(model)}: {what}", f"{exact:.{digits}f}", *stages))
-
-        row("ELBO", best["elbo"], "elbo", 3)
-        row("rate", best["rate"], "rate", 3)
-        if model["sigma2"] is None:
-            row("sigma²", best["sigma2"], "sigma2", 6)
-        counts = [" / ".join(str(carrying(piece[stage]["kl"])) for piece in pieces) for stage in ("minibatch", "final")]
-        rows.append((f"{title(model)}: latents above 0.0001 nats", str(best["active"]), *counts))
-        active = " / ".join(str(piece["final"]["active"]) for piece in pieces)
-        rows.append((f"{title(model)}: latents not (0.01, 0.01)-collapsed", "", "", active))
-        row("mean |cos| of columns and components", 1, "alignment", 4)
-    return Table(
-        ("nats an image, training images", "exact", "ours: minibatches", "ours: then full batch"),
-        rows,
-        "Mean ± sd over seeds",
-    )
-
-
-# --- picture --------------------------------------------------------------------------------------------------------
-
-
-def figure(results: dict):
-    import matplotlib.pyplot as plt
-
-    drawn = [model for model in results["models"] if "pictures" in model["seeds"][0]]
-    fig = plt.figure(figsize=(10.5, 4.0 + 2.0 * len(drawn)))
-    heights = [4.0] + [2.0] * len(drawn)
-    top, *below = fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    axes = top.subplots(1, 3, width_ratios=[1.3, 1.15, 0.9])
-    draw_latents(axes[0], results)
-    draw_gaps(axes[1], results)
-    draw_starts(axes[2], results)
-    for part, model in zip(below, drawn, strict=True):
-        part.suptitle(
-            f"{TITLES[model['data']]}: the first principal components, and the columns that were learned (sign turned)",
-            x=0.01,
-            ha="left",
-            fontsize=10,
-            fontweight="bold",
-        )
-        grid = part.subplots(2, DRAWN)
-        shown = unpack_images(model["seeds"][0]["pictures"])
-        for row, column in product(range(2), range(DRAWN)):
-            ax = grid[row, column]
-            ax.imshow(shown[row, column], cmap="RdBu_r", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
-            ax.grid(False)
-            ax.spines[:].set_visible(False)
-        for row, name in enumerate(("component", "column")):
-            grid[row, 0].set_ylabel(name, fontsize=8)
-    return fig
-
-
-def draw_latents(ax, results: dict) -> None:
-    shown = [model for model in results["models"] if model["data"] == "mnist"]
-    for number, model in enumerate(shown):
-        piece = model["seeds"][0]
-        label = f"k = {model['k']}, sigma² " + (f"= {model['sigma2']:g}" if model["sigma2"] else "learned")
-        place = np.arange(1, model["k"] + 1)
-        ax.plot(place, piece["optimum"]["kl"], color=f"C{number}", lw=1.0)
-        ax.plot(place, piece["final"]["kl"], ".", color=f"C{number}", ms=5, label=label)
-    ax.set(xlabel="latent, by its KL", ylabel="KL (nats)", title="MNIST: what each latent carries")
-    ax.set(xlim=(0, 51), ylim=(-0.08, 1.3 * max(kl for model in shown for kl in model["seeds"][0]["final"]["kl"])))
-    ax.plot([], [], color="#667080", lw=1.0, label="1/2 log(eigenvalue / sigma²), or 0")
-    ax.legend(fontsize=8, loc="upper right")
-
-
-def draw_gaps(ax, results: dict) -> None:
-    floor = 1e-7
-    labels = []
-    for number, model in enumerate(results["models"][::-1]):
-        for stage, color in (("minibatch", "C1"), ("final", "C0")):
-            gaps = [max(floor, piece[stage]["gap"]) for piece in model["seeds"]]
-            ax.plot(gaps, [number] * len(gaps), "o", color=color, ms=5, alpha=0.8, mec="white", mew=0.5)
-        kind = f"σ² = {model['sigma2']:g}" if model["sigma2"] else "learned"
-        labels.append(f"{ {'mnist': 'MNIST', 'fashion_mnist': 'Fashion'}[model['data']] } {model['k']}, {kind}")
-    ax.axvline(0.5, color="#667080", lw=1.0, ls=(0, (3, 2)))
-    ax.annotate(
-        "0.5 nats",
-        (0.5, 1),
-        (-2, -2),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=8,
-        color="#667080",
-    )
-    ax.set(
-        xscale="log", yticks=range(len(labels)), ylim=(-0.6, 1.35 * len(labels)), xlabel="nats below the exact optimum"
-    )
-    ax.set_yticklabels(labels, fontsize=8)
-    ax.plot([], [], "o", color="C1", label="after minibatches")
-    ax.plot([], [], "o", color="C0", label="then full batch")
-    ax.legend(fontsize=8, loc="upper left")
-    ax.set_title("ELBO, each seed")
-
-
-def draw_starts(ax, results: dict) -> None:
-    starts = results["starts"]
-    for before, after in zip(starts["start"], starts["end"], strict=True):
-        ax.plot([0, 1], [before, max(after, 1e-7)], "o-", color="C2", ms=4, lw=0.8, alpha=0.7)
-    ax.axhline(0.05, color="#667080", lw=1.0, ls=(0, (3, 2)))
-    ax.set(yscale="log", xlim=(-0.25, 1.25), xticks=[0, 1], ylabel="nats below the optimum")
-    ax.set_xticklabels(["start", "end"])
-    ax.set_title(f"{len(starts['end'])} random starts, k = {starts['k']}")

@@ -7,14 +7,13 @@ that never saw a 3, and one that saw nothing but 7s and 8s. Biases are repaired 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,8 @@ from torch import Tensor, nn
 from vae.data.images import Images
 from vae.data.sources import mnist
 from vae.distillation import Distillation
-from vae.experiment import Claim, Context, Table, spread
+from vae.experiment import Context
 from vae.seeding import generator
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PAPER = 'Hinton, Vinyals & Dean 2015, "Distilling the knowledge in a neural network", section 3'
 CLAIM = "A teacher's soft targets make a plain student generalise almost as well as the teacher, even to a digit it never saw."
@@ -49,9 +45,6 @@ SETTINGS = {  # epochs: of a teacher and of a student, as many as the time allow
 HARD = "labels alone"
 PARTIAL = {"no 3s": [3], "7s and 8s alone": [7, 8]}  # transfer sets that lack classes: whose bias the repair moves
 BIASES = [round(-12 + 0.05 * i, 2) for i in range(481)]
-
-
-# --- networks and their training ------------------------------------------------------------------------------------
 
 
 class ReLUNet(nn.Module):
@@ -116,9 +109,6 @@ def logits_of(net: ReLUNet, x: Tensor) -> Tensor:
 
 def errors(logits: Tensor, y: Tensor) -> int:
     return int((logits.argmax(-1) != y).sum())
-
-
-# --- one teacher, one student: each a piece that runs in a process of its own ---------------------------------------
 
 
 def images(settings: dict[str, Any], seed: int) -> tuple[Images, Images, Images]:
@@ -219,38 +209,26 @@ def repair(of_val: Tensor, val_y: Tensor, of_test: Tensor, test_y: Tensor, class
     }
 
 
-# --- the protocol ---------------------------------------------------------------------------------------------------
-
-
-def side_by_side(context: Context, pieces: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """context.cached of every {name: (function, *arguments)}, context.jobs of them at once, in processes of their own."""
-    spawn = multiprocessing.get_context("spawn")  # a forked torch may hang
-    with ProcessPoolExecutor(context.jobs, spawn) as processes, ThreadPoolExecutor(context.jobs) as threads:
-        waiting = {
-            name: threads.submit(context.cached, name, lambda call=call: processes.submit(*call).result())
-            for name, call in pieces.items()
-        }
-        return {name: piece.result() for name, piece in waiting.items()}
-
-
 def measure(context: Context) -> dict[str, Any]:
     """Teachers and students of the labels first, which need no teacher; then all that learn from one."""
     settings, seeds = context.settings, context.settings["seeds"]
     teachers = {seed: context.folder / f"teacher,seed={seed}.pt" for seed in seeds}
 
-    def student(seed: int, temperature: float | None, transfer: str | None = None) -> tuple[Any, ...]:
-        return train_student, settings, seed, teachers[seed], temperature, transfer
+    def student(seed: int, temperature: float | None, transfer: str | None = None) -> Callable[[], dict[str, Any]]:
+        return partial(train_student, settings, seed, teachers[seed], temperature, transfer)
 
-    first = {f"teacher,seed={seed}": (train_teacher, settings, seed, teachers[seed]) for seed in seeds}
-    first |= {f"labels,seed={seed}": student(seed, None) for seed in seeds}
-    found = side_by_side(context, first)
-    second = {f"T={t},seed={seed}": student(seed, t) for t in reversed(settings["temperatures"]) for seed in seeds}
-    second |= {
-        f"{transfer.replace(' ', '_')},seed={seed}": student(seed, settings["transfer_temperature"], transfer)
-        for transfer in PARTIAL
-        for seed in seeds
-    }
-    found |= side_by_side(context, second)
+    found = context.cached_many(
+        {f"teacher,seed={seed}": partial(train_teacher, settings, seed, teachers[seed]) for seed in seeds}
+        | {f"labels,seed={seed}": student(seed, None) for seed in seeds}
+    )
+    found |= context.cached_many(
+        {f"T={t},seed={seed}": student(seed, t) for t in reversed(settings["temperatures"]) for seed in seeds}
+        | {
+            f"{transfer.replace(' ', '_')},seed={seed}": student(seed, settings["transfer_temperature"], transfer)
+            for transfer in PARTIAL
+            for seed in seeds
+        }
+    )
 
     def of(name: str) -> list[Any]:
         return [found[f"{name},seed={seed}"] for seed in seeds]
@@ -261,144 +239,3 @@ def measure(context: Context) -> dict[str, Any]:
         "soft": {str(t): of(f"T={t}") for t in settings["temperatures"]},
         **{transfer: of(transfer.replace(" ", "_")) for transfer in PARTIAL},
     }
-
-
-# --- what the results say -------------------------------------------------------------------------------------------
-
-
-def mean(runs: list[dict[str, Any]], key: str = "test") -> float:
-    return fmean(run[key] for run in runs)
-
-
-def claims(results: dict[str, Any]) -> list[Claim]:
-    """Errors are means over seeds, of the 10,000 test images."""
-    teacher, hard, soft = mean(results["teacher"]), mean(results[HARD]), mean(results["soft"]["20"])
-    no3, few = results["no 3s"], results["7s and 8s alone"]
-    right = 1 - mean(no3, "repaired_on_classes") / mean(no3, "of_classes")
-    before, after = mean(no3, "on_classes"), mean(no3, "repaired_on_classes")
-    held = [
-        Claim(
-            "teacher < distilled (T = 20) < labels alone",
-            teacher < soft < hard,
-            f"{teacher:.1f} < {soft:.1f} < {hard:.1f} errors",
-            "in this order (paper: 67 < 74 < 146)",
-        ),
-        Claim(
-            "soft targets at T = 20 save errors",
-            hard - soft >= 8,
-            f"{hard - soft:.1f} errors fewer",
-            "at least 8 (paper: 72)",
-        ),
-        Claim(
-            "a student that never saw a 3 knows it, once its bias is repaired",
-            right >= 0.95,
-            f"{100 * right:.1f}% of the 3s right",
-            "at least 95% (paper: 98.6%)",
-        ),
-        Claim(
-            "most of its errors on 3s were the bias",
-            before >= 3 * after,
-            f"{before:.1f} to {after:.1f} errors on 3s",
-            "a third or fewer are left (paper: 133 to 14)",
-        ),
-        Claim(
-            "so were those of a student of 7s and 8s alone",
-            mean(few, "repaired") <= mean(few) / 2,
-            f"{mean(few) / 100:.1f}% to {mean(few, 'repaired') / 100:.1f}% errors",
-            "half or fewer are left (paper: 47.3% to 13.2%)",
-        ),
-    ]
-    if len(few) > 1:
-        saved = [h["test"] - s["test"] for h, s in zip(results[HARD], results["soft"]["20"], strict=True)]
-        held.append(
-            Claim(
-                "soft targets at T = 20 save errors from every seed",
-                min(saved) > 0,
-                f"{', '.join(map(str, saved))} errors fewer",
-                "fewer in each pair of students that begin alike",
-            )
-        )
-    if "8" in results["soft"]:
-        apart = abs(mean(results["soft"]["8"]) - soft)
-        held.append(
-            Claim("temperatures of 8 and above are alike", apart <= 10, f"{apart:.1f} errors apart", "at most 10")
-        )
-    return held
-
-
-def table(results: dict[str, Any]) -> Table:
-    def row(name: str, paper: str, others: str, runs: list[dict[str, Any]], key: str = "test") -> tuple[str, ...]:
-        return name, paper, others, spread((run[key] for run in runs), 1)
-
-    no3, few = results["no 3s"], results["7s and 8s alone"]
-    rows = [
-        row("teacher 1200-1200", "67", "", results["teacher"]),
-        row("student 800-800, labels alone", "146", "", results[HARD]),
-        *(
-            row(f"student, soft targets at T = {t}", "74" if t == "20" else "", "", runs)
-            for t, runs in results["soft"].items()
-        ),
-        row("no 3s in the transfer set", "206", "", no3),
-        row("... of these on the 1,010 3s", "133", "", no3, "on_classes"),
-        row("... bias of the 3s moved by", "+3.5", "", no3, "bias"),
-        row("... errors then", "109", "", no3, "repaired"),
-        row("... of these on the 1,010 3s", "14", "22", no3, "repaired_on_classes"),
-        row("7s and 8s alone in the transfer set", "4730", "", few),
-        row("... biases of both moved by", "-7.6", "", few, "bias"),
-        row("... errors then", "1320", "", few, "repaired"),
-    ]
-    return Table(
-        ("errors on 10,000 test images", "paper", "reproduction (cybertronai)", "ours"), rows, "Mean ± sd over seeds"
-    )
-
-
-def figure(results: dict[str, Any]) -> Figure:
-    import matplotlib.pyplot as plt
-
-    picture, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), width_ratios=[1.15, 1.15, 1])
-    temperatures = [int(t) for t in results["soft"]]
-    place = range(len(temperatures))
-    for name, runs, colour in (("labels alone", results[HARD], "C1"), ("teacher", results["teacher"], "C2")):
-        left.axhline(mean(runs), color=colour)
-        left.text(len(place) - 0.55, mean(runs), name, color=colour, ha="right", va="bottom")
-        if len(runs) > 1:
-            seeds = [run["test"] for run in runs]
-            left.axhspan(min(seeds), max(seeds), color=colour, alpha=0.12, lw=0)
-    left.plot(place, [mean(runs) for runs in results["soft"].values()], color="C0", marker="o", label="mean")
-    if len(results["teacher"]) > 1:
-        for i, runs in zip(place, results["soft"].values(), strict=True):
-            left.plot([i] * len(runs), [run["test"] for run in runs], ".", color="C0", alpha=0.45, mew=0)
-    left.text(
-        place[-1], mean(results["soft"][str(temperatures[-1])]), "soft targets ", color="C0", ha="right", va="bottom"
-    )
-    left.set_xticks(place, temperatures)
-    left.set(
-        xlim=(-0.5, len(place) - 0.5),
-        xlabel="temperature T",
-        ylabel="errors of 10,000",
-        title="Students' test errors",
-    )
-
-    left.margins(y=0.12)
-
-    width = 0.27
-    for i, (t, colour) in enumerate((("1", "C1"), ("4", "C4"), ("20", "C0"))):
-        targets = [fmean(run["targets_of_3"][t][digit] for run in results["teacher"]) for digit in range(10)]
-        middle.bar([d + (i - 1) * width for d in range(10)], targets, width, color=colour, label=f"T = {t}", bottom=0)
-    middle.set(yscale="log", xlabel="class", ylabel="mean probability", title="What the teacher says of a 3")
-    middle.set_xticks(range(10))
-    middle.set_ylim(top=8)
-    middle.legend(loc="upper right", ncols=3, columnspacing=1)
-
-    for number, run in enumerate(results["no 3s"]):
-        curve, first = run["curve"], number == 0
-        right.plot(curve["bias"], curve["test"], color="C0", alpha=0.8, label="all test images" if first else None)
-        right.plot(curve["bias"], curve["on_classes"], color="C1", alpha=0.8, label="the 1,010 3s" if first else None)
-        label = "chosen on validation" if first else None
-        right.plot(run["bias"], run["repaired"], "o", color="C0", label=label)
-        right.plot(run["bias"], run["repaired_on_classes"], "o", color="C1")
-    right.axvline(0, color="#667080", lw=0.8)
-    top = 1.9 * max(run["test"] for run in results["no 3s"])
-    right.set(xlim=(-1, 6), ylim=(0, top), xlabel="added to the bias of the 3s", ylabel="errors", title="Never saw a 3")
-    right.legend(loc="upper center")
-    return picture
