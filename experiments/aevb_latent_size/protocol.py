@@ -144,9 +144,8 @@ def measure_run(folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def of_images(vae: VAE, data: ImageDataModule, split: str) -> Tensor:
     """The ELBO of each image with one z, the draws being those of `vae.evaluate`: alike for every model."""
-    data.test_split = split
     parts = []
-    for batch in (data.prepare(batch, training=False) for batch in data.test_dataloader()):
+    for batch in data.batches(split):
         out = vae(batch.x, generator(batch.seed, "z"))
         parts.append(-(out.distortion + out.rate).double())
     return torch.cat(parts)

@@ -151,12 +151,10 @@ def sampled(vae: VAE, data: ImageDataModule) -> dict:
     from vae.evaluation.likelihood import ELBOTotals
 
     totals, below, images = ELBOTotals(), 0.0, 0
-    data.test_split = "train"
-    for batch in data.test_dataloader():
-        prepared = data.prepare(batch, training=False)
-        totals.update(vae, prepared)
-        below = below + (vae.prior.kl(vae.encode(prepared.x)) < COLLAPSED[0]).double().sum(0)
-        images += len(prepared.x)
+    for batch in data.batches("train"):
+        totals.update(vae, batch)
+        below = below + (vae.prior.kl(vae.encode(batch.x)) < COLLAPSED[0]).double().sum(0)
+        images += len(batch.x)
     active = int((below / images < 1 - COLLAPSED[1]).sum())
     return {"sampled_elbo": totals.compute()["elbo"], "active": active}
 

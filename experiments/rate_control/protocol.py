@@ -250,9 +250,9 @@ def measured(folder: Path) -> dict:
     load_weights(module, folder / "checkpoints" / "last.ckpt")
     result: dict[str, Any] = {}
     for split in ("train", "test"):
-        data.test_split, totals = split, ELBOTotals()
-        for batch in data.test_dataloader():
-            totals.update(module.vae, data.prepare(batch, training=False))
+        totals = ELBOTotals()
+        for batch in data.batches(split):
+            totals.update(module.vae, batch)
             if totals.images >= IMAGES:
                 break
         result[split] = {name: totals.compute()[name] for name in ("rate", "distortion", "elbo")}
