@@ -76,15 +76,21 @@ class VAEModule(pl.LightningModule):
         terms = self.objective(self.vae, batch, noise, self.steps)
         # Nothing is added up, and nothing waits for the device, until the window ends. Copies, because a term may be a
         # buffer that changes, and a captured graph writes its results to the same place each time.
-        self._open.append({name: value.detach().clone() for name, value in terms.items()})
+        if self._reported(batch, self.trainer.datamodule.batch_size):
+            self._open.append({name: value.detach().clone() for name, value in terms.items()})
         self.steps += 1
         if self.steps % self.trainer.log_every_n_steps == 0:
             self._log_window()
         return terms["loss"]
 
+    def _reported(self, batch: Batch, whole: int) -> bool:
+        """Whether the terms of a batch enter a mean over batches that have `whole` images, but for the last."""
+        return len(batch.x) >= whole or not self.objective.of_whole_batches
+
     def _log_window(self) -> None:
         self._end_part()
-        self.log_dict(self._training_terms(self._since_log))
+        if self._since_log.count:
+            self.log_dict(self._training_terms(self._since_log))
         self._since_log = Means()
 
     def _training_terms(self, means: Means) -> dict[str, Tensor]:
@@ -126,7 +132,7 @@ class VAEModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.refuse_divergence()  # before any checkpoint of these weights is written
-        self._totals, self._terms = ELBOTotals(), Means()
+        self._totals, self._terms, self._whole = ELBOTotals(), Means(), 0
 
     def _measure(self, batch: Batch) -> None:
         out = self._totals.update(self.vae, batch)
@@ -135,7 +141,9 @@ class VAEModule(pl.LightningModule):
         else:
             noise = generator(batch.seed, "z", device=batch.x.device)
             terms = self.objective(self.vae, batch, noise, self.steps)
-        self._terms.add(terms, weight=len(batch.x))
+        if self._reported(batch, self._whole):
+            self._terms.add(terms, weight=len(batch.x))
+            self._whole = len(batch.x)
 
     def _measured(self) -> dict[str, Any]:
         """The objective's own terms, and over them what is measured alike for every objective."""
@@ -154,7 +162,7 @@ class VAEModule(pl.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in metrics.items()})
 
     def on_test_epoch_start(self) -> None:
-        self._totals, self._terms = ELBOTotals(), Means()
+        self._totals, self._terms, self._whole = ELBOTotals(), Means(), 0
         self._log_likelihood = Means()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

@@ -32,6 +32,9 @@ class Objective(nn.Module):
     optimizer_options: dict[str, object] = {}
     #: Whether encoder and decoder are given labels.
     conditional = False
+    #: Whether the mean of a term depends on how many images a batch has: one smaller than the others, the last of an
+    #: epoch, is then left out of what is reported. The gradient is taken of every batch.
+    of_whole_batches = False
 
     def __init__(self, beta: float = 1.0, schedule: nn.Module | None = None) -> None:
         super().__init__()
@@ -39,6 +42,7 @@ class Objective(nn.Module):
             raise VAEError(f"objective.beta={beta} must be zero or more.")
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.schedule = Constant() if schedule is None else schedule
+        require_something_to_steer(self.schedule, beta=beta)
 
     def prepare(self, vae: VAE, data: ImageDataModule) -> None:
         """Called once before training: asks the data for what its batches must carry.
@@ -83,6 +87,16 @@ class BetaVAE(Objective):
 
 
 # --- what an objective may refuse -------------------------------------------------------------------------------------
+
+
+def require_something_to_steer(schedule: nn.Module, **weight: float) -> None:
+    """Raises VAEError for a feedback controller whose output is multiplied by a weight of zero, given by its name."""
+    ((name, value),) = weight.items()
+    if value == 0 and schedule.learns:
+        raise VAEError(
+            f"{type(schedule).__name__} steers the weight on the KL, which {name} holds at 0: use another {name}, or "
+            "objective/schedule=constant."
+        )
 
 
 def require_not_negative(objective: nn.Module, **options: float) -> None:
