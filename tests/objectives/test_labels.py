@@ -157,7 +157,9 @@ def test_cvae_is_the_elbo_of_x_given_y():
 
 
 def test_the_optimal_sigma_survives_a_batch_in_which_every_label_is_known(tiny):
-    data, module = build(tiny("objective=m2", "+data.labelled=20", "objective.hidden=[16]", "likelihood=gaussian_optimal"))
+    data, module = build(
+        tiny("objective=m2", "+data.labelled=20", "objective.hidden=[16]", "likelihood=gaussian_optimal")
+    )
     batch = data.prepare(next(iter(data.train_dataloader())), training=True)
     batch = batch._replace(y=batch.y.clamp(min=0))
     terms = module.objective(module.vae, batch, generator("noise"), 0)
