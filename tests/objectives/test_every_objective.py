@@ -218,7 +218,7 @@ def test_feedback_schedules_compose_and_move_the_weight(tiny, schedule, target):
 @pytest.mark.parametrize("overrides", [["objective=mmd_vae"], ["objective=beta_vae", "objective.beta=0"]], ids=str)
 @pytest.mark.parametrize("schedule", ["geco", "control"])
 def test_a_controller_that_would_steer_nothing_is_refused(tiny, schedule, overrides):
-    with pytest.raises(VAEError, match="steers the weight on the KL, which .* holds at 0: use another"):
+    with pytest.raises(VAEError, match=r"steers the weight on the KL, which .* holds at 0: use another"):
         build(tiny(*overrides, f"objective/schedule={schedule}", "objective.schedule.target=25"))
 
 
