@@ -158,9 +158,14 @@ def test_networks_that_cannot_be_compiled_are_trained_as_they_are(tiny, tmp_path
 
 
 @pytest.mark.slow
-def test_compiled_networks_train_to_the_same_weights_up_to_rounding(tiny, tmp_path):
-    config = tiny()
-    plain = trained(tiny(), tmp_path / "plain", True)[0].state_dict()
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["objective=piwae", "objective.groups=2", "objective.samples=3"], ["objective=m2", "+data.labelled=20"]],
+    ids=["beta_vae", "piwae", "m2"],
+)
+def test_compiled_networks_train_to_the_same_weights_up_to_rounding(tiny, tmp_path, overrides):
+    config = tiny(*overrides)
+    plain = trained(tiny(*overrides), tmp_path / "plain", True)[0].state_dict()
     config.compile = True
     module, *_ = trained(config, tmp_path / "compiled", True)
     assert module.vae.encoder._compiled_call_impl is not None

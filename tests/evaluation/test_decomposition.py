@@ -89,6 +89,8 @@ def test_a_prior_that_does_not_factorise_has_a_marginal_kl_and_no_total_correlat
 
 def test_a_flow_posterior_is_refused():
     vae, batch, _, _ = correlated(5)
-    vae.posterior = lambda parameters: PlanarFlow(2, 1)(torch.cat([parameters, parameters[:, :1], parameters], 1))
+    flow = PlanarFlow(2, 1)
+    flow.forward = lambda parameters: PlanarFlow(2, 1)(torch.cat([parameters, parameters[:, :1], parameters], 1))
+    vae.posterior = flow
     with pytest.raises(VAEError, match="diagonal Gaussian"):
         elbo_decomposition(vae, batch)

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
 
 from vae.cli import CONFIGS
 from vae.data.images import Batch
 from vae.engine.build import build
+from vae.engine.trainer import build_trainer
 from vae.errors import VAEError
 from vae.seeding import generator
 
@@ -89,6 +91,61 @@ def test_terms_are_finite_down_to_a_batch_of_one_and_follow_from_the_generator_a
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_under_autocast_the_networks_alone_are_narrow(tiny, name):
+    data, module = built(tiny, name)
+    networks = [module.vae.encoder, module.vae.decoder]
+    networks += [own for own in (getattr(module.objective, n, None) for n in ("classifier", "discriminator")) if own]
+    batch = first_batch(data)
+    plain = module.objective(module.vae, batch, generator("noise"), 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = module.objective(module.vae, batch, generator("noise"), 3)
+    for network in networks:
+        network.forward = torch.autocast("cpu", enabled=False)(network.forward)
+    with torch.autocast("cpu", torch.bfloat16):
+        same = module.objective(module.vae, batch, generator("noise"), 3)
+    assert {term: value.item() for term, value in same.items()} == {term: value.item() for term, value in plain.items()}
+    assert all(value.dtype == torch.float32 for value in narrow.values())
+    assert narrow["loss"] != plain["loss"]
+
+
+#: whose terms would have another mean in a smaller batch
+OF_WHOLE_BATCHES = ["capacity", "dip_vae_i", "dip_vae_ii", "factor_vae", "free_bits", "info_vae", "mmd_vae", "tcvae"]
+OF_WHOLE_BATCHES += ["wae_mmd"]
+
+
+def test_objectives_with_estimates_from_a_whole_batch_are_known():
+    targets = {
+        name: OmegaConf.load(Path(CONFIGS) / "objective" / f"{name}.yaml").get("_target_") for name in OBJECTIVES
+    }
+    targets["mmd_vae"], targets["dreg"] = targets["info_vae"], targets["iwae"]
+    whole = [name for name, target in targets.items() if target and get_class(target).of_whole_batches]
+    assert whole == OF_WHOLE_BATCHES
+
+
+@pytest.mark.parametrize("name", ["tcvae", "info_vae", "dip_vae_ii", "capacity"])
+def test_a_smaller_last_batch_is_trained_on_and_left_out_of_what_is_reported(tiny, tmp_path, name):
+    config = tiny(f"objective={name}", "data.limit=33", "data.batch_size=32", "data.eval_batch_size=32")
+    config.trainer.log_every_n_steps = 1
+    data, module = build(config)
+    seen, objective = [], module.objective
+    objective.register_forward_hook(lambda _, inputs, terms: seen.append((len(inputs[1].x), terms)))
+    if objective.is_of_one_pass:
+        of_pass = objective.of_pass
+        objective.of_pass = lambda out, step: seen.append((len(out.rate), of_pass(out, step))) or seen[-1][1]
+    trainer = build_trainer(config, tmp_path)
+    trainer.fit(module, data)
+    (validation,) = trainer.validate(module, data, verbose=False)
+    sizes = [size for size, _ in seen]
+    assert {32, 1} == set(sizes)
+    of_training = next(terms for size, terms in seen if size == 32 and terms["loss"].requires_grad)
+    of_validation = [terms for size, terms in seen if size == 32][-1]
+    assert any(size == 1 and terms["loss"].requires_grad for size, terms in seen)
+    for term in set(of_training) - {"bits_per_dim"}:
+        assert module.epoch_terms()[f"train/{term}"] == pytest.approx(of_training[term].item(), rel=1e-6)
+    assert validation["val/loss"] == pytest.approx(of_validation["loss"].item(), rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_hundred_steps_lower_its_own_loss(tiny, name):
@@ -159,6 +216,13 @@ def test_feedback_schedules_compose_and_move_the_weight(tiny, schedule, target):
         weights.append(terms["beta"].item())
     assert weights[0] != weights[2]
     assert objective.weight(0).item() == weights[0]
+
+
+@pytest.mark.parametrize("overrides", [["objective=mmd_vae"], ["objective=beta_vae", "objective.beta=0"]], ids=str)
+@pytest.mark.parametrize("schedule", ["geco", "control"])
+def test_a_controller_that_would_steer_nothing_is_refused(tiny, schedule, overrides):
+    with pytest.raises(VAEError, match=r"steers the weight on the KL, which .* holds at 0: use another"):
+        build(tiny(*overrides, f"objective/schedule={schedule}", "objective.schedule.target=25"))
 
 
 def test_data_with_factors_but_no_classes_refuses_a_label_conditional_model(tiny):

@@ -67,7 +67,11 @@ class ExactClassifier(nn.Module):
 def m2(labelled_fraction=0.25, **options):
     objective = M2(**options)
     data = SimpleNamespace(
-        image_shape=(1, 3, 4), num_classes=CLASSES, labelled_fraction=labelled_fraction, add_labelled=lambda n: None
+        image_shape=(1, 3, 4),
+        num_classes=CLASSES,
+        labelled_fraction=labelled_fraction,
+        add_labelled=lambda n: None,
+        measured=lambda split: SimpleNamespace(y=torch.arange(CLASSES)),
     )
     objective.setup(exact_mixture(), data)
     objective.classifier = ExactClassifier()
@@ -161,3 +165,14 @@ def test_cvae_is_the_elbo_of_x_given_y():
     log_p = log_joint(batch(labels).x)[range(5), labels].mean() + math.log(CLASSES)
     torch.testing.assert_close(terms["elbo"], log_p, rtol=0, atol=1e-6)
     assert terms["loss"] == run(BetaVAE(), labels)["loss"]
+
+
+def test_the_optimal_sigma_survives_a_batch_in_which_every_label_is_known(tiny):
+    data, module = build(
+        tiny("objective=m2", "+data.labelled=20", "objective.hidden=[16]", "likelihood=gaussian_optimal")
+    )
+    batch = data.prepare(next(iter(data.train_dataloader())), training=True)
+    batch = batch._replace(y=batch.y.clamp(min=0))
+    terms = module.objective(module.vae, batch, generator("noise"), 0)
+    assert all(value.isfinite() for value in terms.values())
+    assert module.vae.likelihood.log_sigma.isfinite() and module.vae.likelihood.batches_seen == 1

@@ -57,6 +57,17 @@ def test_mmd_of_prior_samples_is_zero_in_the_mean_unbiased_and_known_biased():
         assert abs(estimates.mean() - expected) < 3 * estimates.std() / len(pairs) ** 0.5
 
 
+@pytest.mark.parametrize("n", [4, 16])
+def test_outside_training_the_estimate_is_unbiased_so_that_no_batch_size_enters(n):
+    vae, noise, objective = EXACT.vae(), generator("prior"), InfoVAE()
+    pairs = [torch.randn(n, DIM, generator=noise, dtype=torch.float64) for _ in range(300)]
+    bias = 2 / n * (1 - rbf_mean(torch.zeros(DIM), 2 * torch.ones(DIM), bandwidth=2 * DIM))
+    for training, expected in ((True, bias), (False, 0.0)):
+        objective.train(training)
+        estimates = torch.stack([objective.mmd(vae, z, noise) for z in pairs])
+        assert abs(estimates.mean() - expected) < 3 * estimates.std() / len(pairs) ** 0.5
+
+
 def test_the_biased_estimate_is_never_negative_and_zero_only_for_equal_sets():
     a, b = torch.randn(2, 30, DIM, generator=generator("sets"), dtype=torch.float64)
     assert squared_mmd(a, a.flip(0), imq, BANDWIDTH, unbiased=False).abs() < 1e-12

@@ -86,6 +86,21 @@ def test_stratified_weights_are_the_papers_averaged_over_its_choice_of_the_odd_o
     torch.testing.assert_close(ours.sum(1), torch.ones(size).double())
 
 
+@pytest.mark.parametrize("sampling", ["weighted", "stratified"])
+def test_a_batch_of_one_has_no_information_and_no_correlation(sampling):
+    q, z = posteriors(1)
+    densities = estimated(q, z, 1297, sampling)
+    assert densities.mutual_information == densities.total_correlation == 0
+    torch.testing.assert_close(densities.conditional, q.log_prob(z))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16, 1297])
+@pytest.mark.parametrize("sampling", ["weighted", "stratified"])
+def test_the_weights_of_each_draw_sum_to_one(batch_size, sampling):
+    total = log_importance_weights(batch_size, 1297, sampling).double().exp().sum(1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=0)
+
+
 def test_equal_posteriors_have_no_information_and_no_correlation_in_any_number_of_dimensions():
     # weights that entered a dimension at a time would be summed over all fifty
     noise = generator("equal")

@@ -226,7 +226,12 @@ class Compile(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         vae = module.vae
         batch = trainer.datamodule.examples("train", min(2, trainer.datamodule.batch_size))
-        x, y = batch.x.to(module.device), None if batch.y is None else batch.y.to(module.device)
+        # any class will do for an image whose label is not known
+        x, y = batch.x.to(module.device), None if batch.y is None else batch.y.clamp(min=0).to(module.device)
+        # Memory that a backward pass may overwrite can be passed through once; PIWAE goes back through the decoder twice.
+        # The option is of torch 2.6 and later; before, no memory was given away.
+        if hasattr(torch._functorch.config, "donated_buffer"):
+            torch._functorch.config.donated_buffer = False
         try:
             for network in (vae.encoder, vae.decoder):
                 network.compile(mode=self.mode)

@@ -91,7 +91,8 @@ class VAEModule(pl.LightningModule):
         self.objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
         # Nothing is added up, and nothing waits for the device, until the window ends. Copies, because a term may be a
         # buffer that changes, and a captured graph writes its results to the same place each time.
-        self._open.append((len(batch.x), {name: value.detach().clone() for name, value in terms.items()}))
+        if self._reported(batch, self.trainer.datamodule.batch_size):
+            self._open.append((len(batch.x), {name: value.detach().clone() for name, value in terms.items()}))
         self.steps += 1
         if self.steps % self.trainer.log_every_n_steps == 0:
             self._log_window()
@@ -101,9 +102,14 @@ class VAEModule(pl.LightningModule):
         if is_ending(self.trainer):
             self.trainer.check_val_every_n_epoch = self.trainer.val_check_batch = 1
 
+    def _reported(self, batch: Batch, whole: int) -> bool:
+        """Whether the terms of a batch enter a mean over batches that have `whole` images, but for the last."""
+        return len(batch.x) >= whole or not self.objective.of_whole_batches
+
     def _log_window(self) -> None:
         self._end_part()
-        self._record(self._training_terms(self._since_log), self.steps - 1)
+        if self._since_log.count:
+            self._record(self._training_terms(self._since_log), self.steps - 1)
         self._since_log = Means()
 
     def _record(self, metrics: dict[str, Tensor], step: int) -> None:
@@ -155,7 +161,7 @@ class VAEModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.refuse_divergence()  # before any checkpoint of these weights is written
-        self._totals, self._terms = ELBOTotals(), Means()
+        self._totals, self._terms, self._whole = ELBOTotals(), Means(), 0
 
     def _measure(self, batch: Batch) -> None:
         out = self._totals.update(self.vae, batch)
@@ -164,7 +170,9 @@ class VAEModule(pl.LightningModule):
         else:
             noise = generator(batch.seed, "z", device=batch.x.device)
             terms = self.objective(self.vae, batch, noise, self.steps)
-        self._terms.add(terms, weight=len(batch.x))
+        if self._reported(batch, self._whole):
+            self._terms.add(terms, weight=len(batch.x))
+            self._whole = len(batch.x)
 
     def _measured(self) -> dict[str, Tensor]:
         """The objective's own terms, and over them what is measured alike for every objective."""
@@ -190,7 +198,7 @@ class VAEModule(pl.LightningModule):
         self._record(self.validation, self.steps - 1)
 
     def on_test_epoch_start(self) -> None:
-        self._totals, self._terms = ELBOTotals(), Means()
+        self._totals, self._terms, self._whole = ELBOTotals(), Means(), 0
         self._log_likelihood = Means()
         self._work = Work(f"nll_iw{self.nll_samples}", self.progress_bar, longest=math.inf)
         self._work.expect(self.nll_steps(self.trainer.test_dataloaders))

@@ -27,6 +27,8 @@ class Capacity(SinglePass):
     with callbacks.checkpoint.mode=max chooses by the bound instead.
     """
 
+    of_whole_batches = True  # the mean distance from C is larger in a smaller batch
+
     def __init__(self, capacity: float = 25.0, gamma: float = 1000.0, schedule: nn.Module | None = None) -> None:
         super().__init__(schedule=schedule)
         require_not_negative(self, capacity=capacity, gamma=gamma)
@@ -48,6 +50,8 @@ class FreeBits(SinglePass):
     Kingma et al. 2016, "free bits". groups: how many, each of neighbouring dimensions; None makes each dimension one. A
     rate that is only estimated, as under most priors, is one number: it takes groups=1, and other choices are refused.
     """
+
+    of_whole_batches = True  # so is the mean of the maximum
 
     def __init__(
         self,

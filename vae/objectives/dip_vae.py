@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 
 def covariance(values: Tensor) -> Tensor:
-    """Covariance of a batch (B, D) -> (D, D), divided by B: that of one value is zero, not undefined."""
+    """Covariance of a batch (B, D) -> (D, D), divided by B: that of one value is zero, not undefined.
+
+    Never in a narrower type than `values` have, as a product of matrices otherwise is under autocast.
+    """
     centred = values - values.mean(0)
-    return centred.T @ centred / len(values)
+    with torch.autocast(values.device.type, enabled=False):
+        return centred.T @ centred / len(values)
 
 
 class DIPVAEI(Objective):
@@ -31,6 +35,7 @@ class DIPVAEI(Objective):
 
     #: lambda_d over lambda_od where it is not given
     ratio = 10.0
+    of_whole_batches = True
 
     def __init__(
         self,

@@ -34,6 +34,9 @@ class Objective(nn.Module):
     conditional = False
     #: Whether the model that they make up sums the label out; the terms are then of p(x) outside training.
     latent_label = False
+    #: Whether the mean of a term depends on how many images a batch has: one smaller than the others, the last of an
+    #: epoch, is then left out of what is reported. The gradient is taken of every batch.
+    of_whole_batches = False
 
     def __init__(self, beta: float = 1.0, schedule: nn.Module | None = None) -> None:
         super().__init__()
@@ -41,6 +44,7 @@ class Objective(nn.Module):
             raise VAEError(f"objective.beta={beta} must be zero or more.")
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.schedule = Constant() if schedule is None else schedule
+        require_something_to_steer(self.schedule, beta=beta)
 
     @property
     def loss_moves(self) -> str | None:
@@ -98,6 +102,16 @@ class BetaVAE(SinglePass):
 
 
 # --- what an objective may refuse -------------------------------------------------------------------------------------
+
+
+def require_something_to_steer(schedule: nn.Module, **weight: float) -> None:
+    """Raises VAEError for a feedback controller whose output is multiplied by a weight of zero, given by its name."""
+    ((name, value),) = weight.items()
+    if value == 0 and schedule.learns:
+        raise VAEError(
+            f"{type(schedule).__name__} steers the weight on the KL, which {name} holds at 0: use another {name}, or "
+            "objective/schedule=constant."
+        )
 
 
 def require_not_negative(objective: nn.Module, **options: float) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.errors import VAEError
+from vae.gaussian import full_precision
 from vae.kl import kl_categorical
 from vae.model import VAE, Halves
 from vae.networks.base import dense_layers
@@ -99,7 +100,7 @@ class M2(Objective):
         known = batch.y >= 0
         unknown = ~known if self.training else torch.ones_like(known)
         x, y = batch.x[known], batch.y[known]
-        logits = self.classifier(batch.x)
+        logits = full_precision(self.classifier(batch.x))
         labelled = self.labelled(vae, x, y, generator)
         unlabelled = self.unlabelled(vae, batch.x[unknown], logits[unknown], generator)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vae.errors import VAEError
 from vae.model import VAE, VAEOutput
-from vae.objectives.elbo import Objective, require_not_negative
+from vae.objectives.elbo import Objective, require_not_negative, require_something_to_steer
 
 if TYPE_CHECKING:
     from vae.data.images import Batch
@@ -61,9 +61,13 @@ class InfoVAE(Objective):
     The schedule multiplies the weight on the rate.
 
     kernel: "rbf" or "imq"; bandwidth: what squared distances are compared with, None for 2 latent_dim, the mean squared
-    distance of two draws of N(0, I). unbiased: see `squared_mmd`. As many draws of the prior as images in the batch; any
-    prior and posterior will do. Raises VAEError for a kernel that is unknown or options out of range.
+    distance of two draws of N(0, I). unbiased: see `squared_mmd`; outside training the unbiased estimate is always taken,
+    for the other depends on the batch size. As many draws of the prior as images in the batch; any prior and posterior
+    will do. Raises VAEError for a kernel that is unknown, options out of range, or a feedback controller at alpha = 1,
+    where the rate that it steers by has no weight.
     """
+
+    of_whole_batches = True
 
     def __init__(
         self,
@@ -87,6 +91,7 @@ class InfoVAE(Objective):
             raise VAEError(
                 f"objective.bandwidth={bandwidth} must be positive, or null for twice the latent dimensions."
             )
+        require_something_to_steer(self.schedule, **{"1 - objective.alpha": 1 - alpha})
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.register_buffer("lambda_mmd", torch.tensor(float(lambda_mmd)))
         self.kernel, self.bandwidth, self.unbiased = KERNELS[kernel], bandwidth, unbiased
@@ -94,7 +99,8 @@ class InfoVAE(Objective):
     def mmd(self, vae: VAE, z: Tensor, generator: torch.Generator) -> Tensor:
         """MMD^2 of codes z (B, D) and as many draws of the prior, 0-dim."""
         bandwidth = 2 * z.shape[-1] if self.bandwidth is None else self.bandwidth
-        return squared_mmd(z, vae.prior.sample(len(z), generator), self.kernel, bandwidth, self.unbiased)
+        unbiased = self.unbiased or not self.training
+        return squared_mmd(z, vae.prior.sample(len(z), generator), self.kernel, bandwidth, unbiased)
 
     def encode_and_decode(self, vae: VAE, batch: Batch, generator: torch.Generator) -> VAEOutput:
         """The pass that distortion and MMD are taken of."""

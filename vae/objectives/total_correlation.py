@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.errors import VAEError
-from vae.gaussian import DiagonalGaussian, gaussian_log_prob
+from vae.gaussian import DiagonalGaussian, full_precision, gaussian_log_prob
 from vae.model import VAE
 from vae.objectives.elbo import Objective, require_gaussian_posterior, require_kl_per_dimension, require_not_negative
 
@@ -81,11 +81,12 @@ def log_importance_weights(
 
     stratified (Chen et al. 2018, appendix C): 1/N for z's own image, on the diagonal, and the rest, 1 - 1/N, for the
     others. They give (N - B + 1) / (N (B - 1)) to one of the others and 1 / (B - 1) to the rest; averaged over which
-    one that is, each has (N - 1) / (N (B - 1)). So it is as unbiased, of less variance, and exact at B = N.
+    one that is, each has (N - 1) / (N (B - 1)). So it is as unbiased, of less variance, and exact at B = N. A batch of one
+    has no others: its own weight is 1.
     """
-    if sampling == "weighted":
+    if sampling == "weighted" or batch_size == 1:
         return torch.full((batch_size, batch_size), -math.log(batch_size), device=device)
-    others = math.log((dataset_size - 1) / (dataset_size * (batch_size - 1))) if dataset_size > 1 < batch_size else 0.0
+    others = math.log((dataset_size - 1) / (dataset_size * (batch_size - 1))) if dataset_size > 1 else -math.inf
     return torch.full((batch_size, batch_size), others, device=device).fill_diagonal_(-math.log(dataset_size))
 
 
@@ -103,6 +104,8 @@ class BetaTCVAE(Objective):
     Terms: mutual_information, total_correlation, dimension_wise_kl, which add up to the rate; by stratified weights
     whatever the loss has, since in a small batch weighted ones find hardly any information or correlation.
     """
+
+    of_whole_batches = True
 
     def __init__(
         self,
@@ -191,6 +194,7 @@ class FactorVAE(Objective):
     """
 
     loss_moves = "the discriminator that judges the total correlation is another each epoch"
+    of_whole_batches = True  # of few codes, permuted ones are hardly told from real ones
 
     def __init__(
         self,
@@ -217,7 +221,7 @@ class FactorVAE(Objective):
         weight = self.weight(step)
 
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-        total_correlation = torch.func.functional_call(self.discriminator, fixed, out.z).mean()
+        total_correlation = full_precision(torch.func.functional_call(self.discriminator, fixed, out.z)).mean()
         loss = out.mean_distortion + weight * out.mean_rate + self.gamma * total_correlation
 
         own = self.discriminator_loss(out.z.detach(), generator)
@@ -232,6 +236,6 @@ class FactorVAE(Objective):
     def discriminator_loss(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Cross-entropy in nats, 0-dim, of telling codes z (B, D) from permuted ones, half of each."""
         real, other = z.tensor_split(2) if self.separate_batches and len(z) > 1 else (z, z)
-        of_real = F.softplus(-self.discriminator(real)).mean()
-        of_permuted = F.softplus(self.discriminator(permute_dimensions(other, generator))).mean()
+        of_real = F.softplus(-full_precision(self.discriminator(real))).mean()
+        of_permuted = F.softplus(full_precision(self.discriminator(permute_dimensions(other, generator)))).mean()
         return 0.5 * (of_real + of_permuted)
