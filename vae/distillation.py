@@ -53,6 +53,9 @@ class Distillation(nn.Module):
     "reverse" or "jensen_shannon". Raises VAEError unless temperature > 0 and 0 <= alpha <= 1.
     """
 
+    temperature: Tensor
+    alpha: Tensor
+
     def __init__(self, temperature: float = 4.0, alpha: float = 0.9, divergence: str = "forward") -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):

@@ -180,6 +180,8 @@ class PolicyObjective(nn.Module):
     Raises VAEError for a negative beta and for names that are not there, k1 in the loss among them.
     """
 
+    beta: Tensor
+
     def __init__(
         self,
         beta: float,
@@ -285,6 +287,9 @@ class PPOClip(PolicyObjective):
     `token_rewards` hands its advantages of single tokens to `clipped_loss`.
     Raises VAEError unless 0 < clip < 1 and clip_high > 0.
     """
+
+    clip: Tensor
+    clip_high: Tensor
 
     def __init__(
         self,

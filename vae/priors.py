@@ -23,6 +23,8 @@ MAX_ELEMENTS = 2**24  # of a (rows, components, D) block held at a time
 class StandardNormal(nn.Module):
     """N(0, I), with its KL in closed form (Kingma & Welling 2014, appendix B)."""
 
+    origin: Tensor
+
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         self.latent_dim = latent_dim

@@ -23,6 +23,9 @@ class Capacity(Objective):
     controller as schedule, which would move the target by what it observes.
     """
 
+    capacity: Tensor
+    gamma: Tensor
+
     def __init__(self, capacity: float = 25.0, gamma: float = 1000.0, schedule: nn.Module | None = None) -> None:
         super().__init__(schedule=schedule)
         require_not_negative(self, capacity=capacity, gamma=gamma)
@@ -44,6 +47,8 @@ class FreeBits(Objective):
     Kingma et al. 2016, "free bits". groups: how many, each of neighbouring dimensions; None makes each dimension one. A
     rate that is only estimated, as under most priors, is one number: it takes groups=1, and other choices are refused.
     """
+
+    free_nats: Tensor
 
     def __init__(
         self,

@@ -60,6 +60,9 @@ class M2(Objective):
     pixels. The terms `classification` (cross-entropy, nats) and, outside training, `accuracy` are of labelled images.
     """
 
+    alpha: Tensor
+    labelled_fraction: Tensor
+
     conditional = True
 
     def __init__(

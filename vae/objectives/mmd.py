@@ -65,6 +65,9 @@ class InfoVAE(Objective):
     prior and posterior will do. Raises VAEError for a kernel that is unknown or options out of range.
     """
 
+    alpha: Tensor
+    lambda_mmd: Tensor
+
     def __init__(
         self,
         alpha: float = 0.0,

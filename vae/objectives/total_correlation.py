@@ -103,6 +103,9 @@ class BetaTCVAE(Objective):
     whatever the loss has, since in a small batch weighted ones find hardly any information or correlation.
     """
 
+    alpha: Tensor
+    gamma: Tensor
+
     def __init__(
         self,
         dataset_size: int,
@@ -185,6 +188,8 @@ class FactorVAE(Objective):
     Locatello et al. 2019 do; so does a batch of one. The discriminator has an optimiser's options of its own (Adam
     1e-4, betas 0.5, 0.9) and any prior and posterior will do.
     """
+
+    gamma: Tensor
 
     def __init__(
         self,
