@@ -22,7 +22,9 @@ if sys.version_info >= (3, 11):
 
     PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 else:
-    PROJECT = pytest.importorskip("tomli").loads((ROOT / "pyproject.toml").read_text())
+    import tomli
+
+    PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text())
 
 NEEDED = PROJECT["project"]["dependencies"]
 FOR_TESTS = PROJECT["project"]["optional-dependencies"]["dev"]
@@ -47,6 +49,7 @@ def imported(*folders):
     ours = {
         "vae",
         "experiments",
+        "tomllib",  # of Python's own from 3.11 on
         *(path.stem for folder in ("tests", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")),
     }
     found = {}
@@ -177,4 +180,4 @@ def test_each_module_whose_types_are_not_checked_still_has_findings(tmp_path):
     ]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     paths = {line.partition(":")[0] for line in found.splitlines() if ": error:" in line}
-    assert {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths} == UNTYPED
+    assert {path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths} >= UNTYPED
