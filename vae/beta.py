@@ -55,6 +55,8 @@ def _require_not_negative(**options: float) -> None:
 class Constant(Schedule):
     """The same multiplier at every step. Raises VAEError for a negative one."""
 
+    value: Tensor
+
     def __init__(self, value: float = 1.0) -> None:
         super().__init__()
         _require_not_negative(value=value)
@@ -69,6 +71,10 @@ class Linear(Schedule):
 
     KL warm-up: Bowman et al. 2016, Sonderby et al. 2016. Raises VAEError unless steps > 0, start >= 0 and end >= 0.
     """
+
+    steps: Tensor
+    start: Tensor
+    end: Tensor
 
     def __init__(self, steps: float, start: float = 0.0, end: float = 1.0) -> None:
         super().__init__()
@@ -97,6 +103,10 @@ class Cyclical(Schedule):
     Fu et al. 2019 (M = 4 cycles, R = 0.5). After the last cycle it stays at 1, so that what is trained on is the ELBO.
     Raises VAEError unless steps > 0, cycles > 0 and 0 < ramp <= 1.
     """
+
+    steps: Tensor
+    cycles: Tensor
+    ramp: Tensor
 
     def __init__(self, steps: float, cycles: float = 4, ramp: float = 0.5) -> None:
         super().__init__()
@@ -132,6 +142,14 @@ class GECO(Schedule):
     """
 
     learns = True
+    target: Tensor
+    alpha: Tensor
+    eta: Tensor
+    log_minimum: Tensor
+    log_maximum: Tensor
+    log_weight: Tensor
+    excess: Tensor
+    observed: Tensor
 
     def __init__(
         self,
@@ -184,6 +202,15 @@ class ControlVAE(Schedule):
     """
 
     learns = True
+    target: Tensor
+    kp: Tensor
+    ki: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    warmup: Tensor
+    integral: Tensor
+    weight: Tensor
+    observed: Tensor
 
     def __init__(
         self,
@@ -230,6 +257,10 @@ class AdaptiveKL(Schedule):
     """
 
     learns = True
+    target: Tensor
+    horizon: Tensor
+    batch: Tensor
+    weight: Tensor
 
     def __init__(self, target: float, horizon: float = 10_000, init: float = 0.2, batch: float = 1) -> None:
         super().__init__()

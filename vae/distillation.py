@@ -115,6 +115,9 @@ class Distillation(nn.Module):
     0 <= alpha <= 1.
     """
 
+    temperature: Tensor
+    alpha: Tensor
+
     def __init__(self, temperature: float = 4.0, alpha: float = 0.9, divergence: str | Divergence = "forward") -> None:
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):

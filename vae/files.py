@@ -13,7 +13,7 @@ from typing import IO, Any
 from vae.errors import VAEError
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Call `write(file)` on a temporary neighbour of `path` and rename it; on any failure `path` is left as it was.
 
     Raises VAEError if the disk is full.

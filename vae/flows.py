@@ -233,6 +233,8 @@ class AffineCoupling(nn.Module):
     with `odd`, the others.
     """
 
+    kept: Tensor
+
     def __init__(self, dim: int, hidden: Sequence[int], odd: bool, activation: str = "relu") -> None:
         super().__init__()
         self.register_buffer("kept", (torch.arange(dim) % 2 == int(odd)).float(), persistent=False)

@@ -132,6 +132,8 @@ class LocationScale(Likelihood):
     Raises VAEError if sigma is not a positive number.
     """
 
+    log_sigma: Tensor
+
     learned = False
 
     def __init__(self, sigma: float = 1.0) -> None:
@@ -223,6 +225,7 @@ class OptimalSigmaGaussian(Gaussian):
     """
 
     WINDOW = 20
+    batches_seen: Tensor
 
     def __init__(self, sigma: float = 1.0, decay: float = 0.99) -> None:
         super().__init__(sigma)

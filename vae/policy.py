@@ -218,6 +218,8 @@ class PolicyObjective(nn.Module):
     whole batch. Raises VAEError for a negative beta and for names that are not there, k1 in the loss among them.
     """
 
+    beta: Tensor
+
     def __init__(
         self,
         beta: float,
@@ -364,6 +366,9 @@ class PPOClip(PolicyObjective):
     that is trained on `token_rewards` hands its advantages of single tokens to `clipped_loss`.
     Raises VAEError unless 0 < clip < 1 and clip_high > 0.
     """
+
+    clip: Tensor
+    clip_high: Tensor
 
     def __init__(
         self,

@@ -44,6 +44,8 @@ class Prior(nn.Module):
 class StandardNormal(Prior):
     """N(0, I), with its KL in closed form (Kingma & Welling 2014, appendix B)."""
 
+    origin: Tensor
+
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         self.latent_dim = latent_dim

@@ -97,7 +97,7 @@ def test_a_run_folder_is_complete(tiny, tmp_path):
 OPTIONS = [
     f"{group.name}={option.stem}"
     for group in sorted(Path(CONFIGS).iterdir())
-    if group.is_dir() and group.name in ("network", "likelihood", "optimizer", "lr_schedule", "logger", "callbacks")
+    if group.is_dir() and group.name in ("network", "likelihood", "logger", "callbacks")
     for option in sorted(group.glob("*.yaml"))
     if option.stem != "burgess"  # for 64x64 images only: below
 ] + [f"objective/schedule={schedule}" for schedule in ("constant", "linear", "cosine", "cyclical")]

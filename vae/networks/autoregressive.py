@@ -26,6 +26,8 @@ from vae.networks.base import (
 class MaskedLinear(nn.Linear):
     """A linear layer with some weights held at zero; mask (out, in) of 0 and 1."""
 
+    mask: Tensor
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])
         self.register_buffer("mask", mask, persistent=False)

@@ -28,6 +28,8 @@ class Capacity(SinglePass):
     """
 
     of_whole_batches = True  # the mean distance from C is larger in a smaller batch
+    capacity: Tensor
+    gamma: Tensor
 
     def __init__(self, capacity: float = 25.0, gamma: float = 1000.0, schedule: nn.Module | None = None) -> None:
         super().__init__(schedule=schedule)
@@ -52,6 +54,7 @@ class FreeBits(SinglePass):
     """
 
     of_whole_batches = True  # so is the mean of the maximum
+    free_nats: Tensor
 
     def __init__(
         self,

@@ -33,6 +33,9 @@ class DIPVAEI(Objective):
     Needs a diagonal Gaussian posterior. Terms: off_diagonal and diagonal, both sums of squares, without their lambda.
     """
 
+    lambda_od: Tensor
+    lambda_d: Tensor
+
     #: lambda_d over lambda_od where it is not given
     ratio = 10.0
     of_whole_batches = True

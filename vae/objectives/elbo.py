@@ -28,6 +28,8 @@ class Objective(nn.Module):
     then is used, and `loss_moves` says so.
     """
 
+    beta: Tensor
+
     #: Options of the parameter group that holds the objective's own parameters, where it has any.
     optimizer_options: dict[str, object] = {}
     #: Whether encoder and decoder are given labels.

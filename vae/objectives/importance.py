@@ -149,6 +149,8 @@ class CIWAE(IWAE):
     The ELBO is taken as the mean of log w. Raises VAEError unless 0 <= mix <= 1.
     """
 
+    mix: Tensor
+
     def __init__(
         self,
         samples: int = 64,

@@ -65,6 +65,9 @@ class M2(Objective):
     the true label, is reported beside them as `elbo_given_label` and so on. In training they are weighed as the loss is.
     """
 
+    alpha: Tensor
+    labelled_fraction: Tensor
+
     conditional = True
     latent_label = True
 

@@ -68,6 +68,8 @@ class InfoVAE(Objective):
     """
 
     of_whole_batches = True
+    alpha: Tensor
+    lambda_mmd: Tensor
 
     def __init__(
         self,

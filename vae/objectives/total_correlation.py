@@ -106,6 +106,8 @@ class BetaTCVAE(Objective):
     """
 
     of_whole_batches = True
+    alpha: Tensor
+    gamma: Tensor
 
     def __init__(
         self,
@@ -195,6 +197,7 @@ class FactorVAE(Objective):
 
     loss_moves = "the discriminator that judges the total correlation is another each epoch"
     of_whole_batches = True  # of few codes, permuted ones are hardly told from real ones
+    gamma: Tensor
 
     def __init__(
         self,

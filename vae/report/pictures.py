@@ -59,8 +59,8 @@ class Gallery:
 
 def galleries(sweep: Sweep) -> list[Gallery]:
     """Every kind of picture that any run has, those everyone looks at first."""
-    kinds = {kind for run in sweep.runs for kind in run.pictures}
-    kinds = sorted(kinds, key=lambda kind: (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind))
+    present = {kind for run in sweep.runs for kind in run.pictures}
+    kinds = sorted(present, key=lambda kind: (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind))
     total = sum(len(run.pictures) for run in sweep.runs)
     budget = min(LARGEST, max(SMALLEST, TOTAL_BYTES // max(total, 1)))
     found = []
@@ -87,7 +87,8 @@ def _shelf(sweep: Sweep, data: str, runs: list[Run], kind: str, budget: int) -> 
     if across is not None and 2 <= len(values := sweep.values(across, runs)) <= 8:
         rows: list[tuple[str, list[Picture | None]]] = []
         for curve in curves_along(sweep, runs, across)[0]:
-            cells = {}  # (seed, how many before had it) -> value -> run: one seed a row, the same seed across
+            # (seed, how many before had it) -> value -> run: one seed a row, the same seed across
+            cells: dict[tuple, dict[str, Run]] = {}
             for value, group in curve.points:
                 for i, run in enumerate(group):
                     repeat = sum(canonical(other.seed) == canonical(run.seed) for other in group[:i])

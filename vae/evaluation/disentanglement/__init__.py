@@ -132,7 +132,7 @@ def summarise_over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, float]
     """
     if not scores or any(run.keys() != scores[0].keys() for run in scores):
         raise VAEError("A summary over seeds needs at least one run, and the same scores from each.")
-    summary = {}
+    summary: dict[str, float] = {}
     for key in scores[0]:
         values = np.array([run[key] for run in scores])
         sd = values.std(ddof=1) if len(values) > 1 else np.nan
