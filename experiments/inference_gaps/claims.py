@@ -6,7 +6,7 @@ import math
 import statistics
 
 from experiments.inference_gaps.protocol import NAMES, PAPER_GAPS
-from vae.experiment import Claim, Table, above, at_least, at_most, below, between, spread, values, within
+from vae.claims import Claim, Table, above, at_least, at_most, below, between, spread, values, within
 
 WORDS = {
     "log_likelihood": "log p(x)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.linear_vae_ppca.protocol import PUBLISHED
-from vae.experiment import Bound, Claim, Table, above, below, spread, values, within
+from vae.claims import Bound, Claim, Table, above, below, spread, values, within
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 FOUND = 0.05  # nats below the optimum that a start may end

@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from experiments.rate_control.protocol import PUBLISHED
-from vae.experiment import Claim, Table, at_least, below, listed, mean, near, ordered, spread, values, within
+from vae.claims import Claim, Table, at_least, below, listed, mean, near, ordered, spread, values, within
 
 ON_THE_CURVE, HELD = 0.01, 0.02  # how far off an exact point, and a set-point, may be
 LAST = 0.2  # the part of training over which a set-point has to be held

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from experiments.rate_control.claims import HELD, LAST, controlled, steered, title
-from vae.experiment import mean, values
+from vae.claims import mean, values
 from vae.experiment_figures import DASHES, FINE, INK, PALE, guide, note
 
 COLORS = {"geco": "C1", "control": "C2", "free_bits": "C4"}
