@@ -36,6 +36,7 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
+EXTRAS = [needs for name, needs in PROJECT["project"]["optional-dependencies"].items() if name != "dev"]
 #: Needed without being imported: Lightning's TensorBoardLogger writes through it.
 UNSEEN = {"tensorboard"}
 

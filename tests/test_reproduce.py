@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+from vae.claims import Table, spread
 from vae.errors import VAEError
-from vae.experiment import Context, Table, spread
+from vae.experiment import Context
 from vae.experiment_figures import pack_images, unpack_images
 from vae.reproduce import Experiment, main, markdown, names
 

@@ -1,6 +1,6 @@
 """`python -m vae.reproduce NAME [--quick]`: rerun a paper's experiment and hold it to the paper's claims.
 
-An experiment is a folder `experiments/NAME/` of the checkout with three files, written with vae.experiment and
+An experiment is a folder `experiments/NAME/` of the checkout with three files, written with vae.experiment, vae.claims and
 vae.experiment_figures:
 
     protocol.py    PAPER = "Lucas et al. 2019, ..."            a literal, one line
@@ -36,9 +36,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vae.claims import Claim, Table
 from vae.cli import CONFIGS, command_line, duration, sentences
 from vae.errors import VAEError
-from vae.experiment import Claim, Context, Table, as_json, surroundings
+from vae.experiment import Context, as_json, surroundings
 from vae.experiment_figures import STYLE
 from vae.files import write_atomically, write_json, write_text
 

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiments.aevb_latent_size.protocol import COMPARED, PUBLISHED, TOLERANCE
-from vae.experiment import Claim, Table, above, below, listed, mean, ordered, spread, values, within
+from vae.claims import Claim, Table, above, below, listed, mean, ordered, spread, values, within
 
 
 def of_size(results: dict[str, Any], size: int, key: str = "elbo") -> list[float]:

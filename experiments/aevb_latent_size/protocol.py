@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vae.claims import mean_and_error
 from vae.engine.folder import read_config, read_metrics, read_status
 from vae.engine.run import load
-from vae.experiment import Context, logged, mean_and_error
+from vae.experiment import Context, logged
 from vae.seeding import generator
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.disentanglement.protocol import BETA, CAPACITY, FACTOR, FACTOR_SCORE, METRICS, MIG, PUBLISHED, TC, VAE
-from vae.experiment import Claim, Table, at_least, below, listed, ordered, spread, values, within
+from vae.claims import Claim, Table, at_least, below, listed, ordered, spread, values, within
 
 SHARES = ("method", "strength", "seed")
 BOOTSTRAPS = 2000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.distillation_hinton2015.protocol import HARD
-from vae.experiment import Claim, Table, above, at_least, at_most, listed, mean, ordered, spread, values
+from vae.claims import Claim, Table, above, at_least, at_most, listed, mean, ordered, spread, values
 
 
 def claims(results: dict[str, Any]) -> list[Claim]:

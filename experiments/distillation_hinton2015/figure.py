@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from experiments.distillation_hinton2015.protocol import HARD
-from vae.experiment import mean, values
+from vae.claims import mean, values
 from vae.experiment_figures import guide
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from experiments.free_bits_and_annealing.protocol import (
     PLAIN,
     WARM_UP,
 )
-from vae.experiment import Claim, Table, above, at_least, at_most, below, listed, spread, values
+from vae.claims import Claim, Table, above, at_least, at_most, below, listed, spread, values
 
 # warm-up is over after a quarter of the training, the four cycles after half of it: the rest is the plain objective. The
 # last cycle has climbed to 1, and stays there, halfway through it

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from vae.claims import mean_and_error
 from vae.data.sources import mnist
 from vae.engine.folder import read_metrics
 from vae.engine.run import load
 from vae.evaluation.likelihood import log_likelihood
-from vae.experiment import Context, logged, mean_and_error
+from vae.experiment import Context, logged
 from vae.experiment_figures import pack_images
 from vae.seeding import generator
 

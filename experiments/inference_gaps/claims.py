@@ -6,7 +6,7 @@ import math
 import statistics
 
 from experiments.inference_gaps.protocol import NAMES, PAPER_GAPS
-from vae.experiment import Claim, Table, spread
+from vae.claims import Claim, Table, above, at_least, at_most, below, between, spread, values, within
 
 WORDS = {
     "log_likelihood": "log p(x)",
@@ -16,6 +16,7 @@ WORDS = {
     "amortisation_gap": "amortisation gap",
     "inference_gap": "inference gap",
 }
+GAPS = ("approximation_gap", "amortisation_gap", "inference_gap")
 
 
 def pooled(seeds: list[dict], name: str) -> tuple[float, float]:
@@ -35,6 +36,11 @@ def share(seeds: list[dict]) -> float:
     return statistics.fmean(seed["amortisation_gap"] / seed["inference_gap"] for seed in seeds)
 
 
+def means(seeds: list[dict], key: str) -> list[float]:
+    """Over images, of each seed."""
+    return values(values(seeds, key), "mean")
+
+
 def claims(results: dict) -> list[Claim]:
     made = exact_claims(results["exact"])
     for model, seeds in results["models"].items():
@@ -43,11 +49,11 @@ def claims(results: dict) -> list[Claim]:
     if {"mnist", "fashion"} <= models.keys():
         (a, of_a), (b, of_b) = (pooled(models[name], "inference_gap") for name in ("mnist", "fashion"))
         made.append(
-            Claim(
+            Claim.of(
                 "Fashion's inference gap is larger than MNIST's",
-                b - a > math.hypot(of_a, of_b),
                 f"{b:.2f} ± {of_b:.2f} against {a:.2f} ± {of_a:.2f} nats (95%)",
-                "above 0, 95% interval",
+                "above {:g}, 95% interval",
+                above(b - a - math.hypot(of_a, of_b), 0),
             )
         )
     return made
@@ -55,96 +61,92 @@ def claims(results: dict) -> list[Claim]:
 
 def exact_claims(exact: dict) -> list[Claim]:
     lower, upper = exact["lower_error"], exact["upper_error"]
-    made = [
-        Claim(
+    return [
+        Claim.of(
             "linear-Gaussian model: AIS finds the exact log p(x)",
-            abs(exact["ais_error"]) < 0.1,
             f"off by {exact['ais_error']:+.4f} ± {exact['ais_error_ci95']:.4f} nats (worst image {exact['ais_worst']:.3f})",
-            "mean within 0.1 nats",
+            "mean within {:g} nats",
+            below(abs(exact["ais_error"]), 0.1),
         ),
-        Claim(
+        Claim.of(
             "linear-Gaussian model: the sandwich holds the exact log p(x)",
-            lower <= exact["lower_error_ci95"] and upper >= -exact["upper_error_ci95"] and upper - lower < 0.1,
             f"from {lower:+.4f} to {upper:+.4f} nats",
-            "0 between them (95%), at most 0.1 apart",
+            "{:g} between them (95%), at most {:g} apart",
+            at_most([lower - exact["lower_error_ci95"], -upper - exact["upper_error_ci95"]], 0),
+            at_most(upper - lower, 0.1),
+        ),
+        *(
+            Claim.of(
+                f"linear-Gaussian model: {WORDS[gap]}",
+                f"{exact['gaps'][gap]:.3f} nats",
+                "{1:.3f} within {0:g}",
+                within(exact["gaps"][gap], 0.05, exact["exact_gaps"][gap]),
+            )
+            for gap in GAPS
         ),
     ]
-    for name in ("approximation_gap", "amortisation_gap", "inference_gap"):
-        found, wanted = exact["gaps"][name], exact["exact_gaps"][name]
-        made.append(
-            Claim(
-                f"linear-Gaussian model: {WORDS[name]}",
-                abs(found - wanted) < 0.05,
-                f"{found:.3f} nats",
-                f"{wanted:.3f} within 0.05",
-            )
-        )
-    return made
 
 
 def model_claims(name: str, seeds: list[dict]) -> list[Claim]:
-    apart = max(seed["adding_up"] for seed in seeds)
-    made = [Claim(f"{name}: the two gaps add up to the whole, image by image", apart < 1e-9, f"{apart:.0e}", "< 1e-9")]
-    for gap in ("approximation_gap", "amortisation_gap"):
-        value, half = pooled(seeds, gap)
-        made.append(
-            Claim(
-                f"{name}: {WORDS[gap]} above 0", value > half, f"{value:.2f} ± {half:.2f} nats", "95% interval above 0"
-            )
-        )
-    made.append(
-        Claim(
+    apart, widths, late, elsewhere = (
+        values(seeds, "adding_up"),
+        *(means(seeds, key) for key in ("sandwich", "second_half", "from_prior")),
+    )
+    gains = [(gain["mean"], gain["ci95"]) for gain in values(seeds, "flow_gain")]
+    return [
+        Claim.of(
+            f"{name}: the two gaps add up to the whole, image by image",
+            f"{max(apart):.0e}",
+            "< {:g}",
+            below(apart, 1e-9),
+        ),
+        *(above_0_claim(name, seeds, gap) for gap in ("approximation_gap", "amortisation_gap")),
+        Claim.of(
             f"{name}: the encoder's share of the gap is comparable or larger",
-            share(seeds) >= 1 / 3,
             f"{share(seeds):.0%}",
-            "at least a third",
-        )
-    )
-    for key, words in (
-        ("ais_less_importance", "importance sampling from the encoder's q"),
-        ("ais_less_importance_of_flows", "importance sampling from each image's own flow"),
-    ):
-        differences = [seed[key]["mean"] for seed in seeds]
-        made.append(
-            Claim(
-                f"{name}: AIS agrees with {words}",
-                all(-0.3 <= d < 1 for d in differences),
-                f"AIS higher by {spread(differences)} nats",
-                "-0.3 to 1 nats",
+            "at least {:words}",
+            at_least(share(seeds), 1 / 3),
+        ),
+        *(
+            Claim.of(
+                f"{name}: AIS agrees with importance sampling from {words}",
+                f"AIS higher by {spread(means(seeds, key))} nats",
+                "{:g} to {:g} nats",
+                between(means(seeds, key), -0.3, 1),
             )
-        )
-    widths = [seed["sandwich"]["mean"] for seed in seeds]
-    made.append(
-        Claim(f"{name}: the sandwich on simulated images is narrow", max(widths) < 0.5, spread(widths), "< 0.5 nats")
-    )
-    late = [seed["second_half"]["mean"] for seed in seeds]
-    made.append(
-        Claim(
+            for key, words in (
+                ("ais_less_importance", "the encoder's q"),
+                ("ais_less_importance_of_flows", "each image's own flow"),
+            )
+        ),
+        Claim.of(
+            f"{name}: the sandwich on simulated images is narrow", spread(widths), "< {:g} nats", below(widths, 0.5)
+        ),
+        Claim.of(
             f"{name}: the search for the best q has ended",
-            max(map(abs, late)) < 0.05,
             f"its second half gained {spread(late, 3)} nats",
-            "within 0.05 nats",
-        )
-    )
-    elsewhere = [seed["from_prior"]["mean"] for seed in seeds]
-    made.append(
-        Claim(
+            "within {:g} nats",
+            below(map(abs, late), 0.05),
+        ),
+        Claim.of(
             f"{name}: a search from N(0, I) finds no better q than one from the encoder's",
-            max(elsewhere) < 0.1,
             f"{spread(elsewhere, 2)} nats higher",
-            "at most 0.1 nats higher",
-        )
-    )
-    gains = [(seed["flow_gain"]["mean"], seed["flow_gain"]["ci95"]) for seed in seeds]
-    made.append(
-        Claim(
+            "at most {:g} nats higher",
+            at_most(elsewhere, 0.1),
+        ),
+        Claim.of(
             f"{name}: a planar flow for each image closes part of the approximation gap",
-            all(gain > half for gain, half in gains),
             ", ".join(f"{gain:.2f} ± {half:.2f}" for gain, half in gains) + " nats",
-            "95% interval above 0, every seed",
-        )
-    )
-    return made
+            "95% interval above {:g}, every seed",
+            above([gain - half for gain, half in gains], 0),
+        ),
+    ]
+
+
+def above_0_claim(name: str, seeds: list[dict], gap: str) -> Claim:
+    value, half = pooled(seeds, gap)
+    words, bound = f"{name}: {WORDS[gap]} above 0", above(value - half, 0)
+    return Claim.of(words, f"{value:.2f} ± {half:.2f} nats", "95% interval above {:g}", bound)
 
 
 def gap_rows(name: str, paper: dict[str, float], seeds: list[dict]) -> list[tuple[str, str, str]]:
@@ -160,7 +162,7 @@ def table(results: dict) -> Table:
     protocol = results["protocol"]
     rows = []
     exact = results["exact"]
-    for name in ("approximation_gap", "amortisation_gap", "inference_gap"):
+    for name in GAPS:
         rows.append(
             (
                 f"linear-Gaussian: {WORDS[name]}",
@@ -175,17 +177,17 @@ def table(results: dict) -> Table:
             rows += gap_rows(
                 f"{NAMES[model]}, {protocol['training_images']} training images", PAPER_GAPS[model], trained
             )
-        gain = statistics.fmean(seed["flow_gain"]["mean"] for seed in seeds)
+        gain = statistics.fmean(means(seeds, "flow_gain"))
         rows.append((f"{NAMES[model]}: what {protocol['flow_steps']} planar maps an image gain", "-", f"{gain:.2f}"))
         for key, of in (("ais_less_importance", "the encoder's q"), ("ais_less_importance_of_flows", "the flows")):
-            difference = statistics.fmean(seed[key]["mean"] for seed in seeds)
+            difference = statistics.fmean(means(seeds, key))
             words = f"{NAMES[model]}: AIS less L_{protocol['importance_samples']} from {of}"
             rows.append((words, "-", f"{difference:+.2f}"))
-        elsewhere = statistics.fmean(seed["from_prior"]["mean"] for seed in seeds)
+        elsewhere = statistics.fmean(means(seeds, "from_prior"))
         rows.append(
             (f"{NAMES[model]}: best q looked for from N(0, I), less from the encoder's", "-", f"{elsewhere:+.2f}")
         )
-        width = statistics.fmean(seed["sandwich"]["mean"] for seed in seeds)
+        width = statistics.fmean(means(seeds, "sandwich"))
         rows.append((f"{NAMES[model]}: width of the AIS sandwich, simulated images", "-", f"{width:.2f}"))
     seeds = len(protocol["seeds"])
     ours = (

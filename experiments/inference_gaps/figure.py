@@ -8,12 +8,13 @@ import numpy as np
 
 from experiments.inference_gaps.claims import WORDS, pooled
 from experiments.inference_gaps.protocol import NAMES, PAPER_GAPS
+from vae.experiment_figures import BLUE, INK, MUTED, ORANGE, note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-APPROXIMATION, AMORTISATION, DARK = "#0072b2", "#d55e00", "#1d2127"
+APPROXIMATION, AMORTISATION = BLUE, ORANGE
 
 
 def figure(results: dict) -> Figure:
@@ -52,11 +53,11 @@ def draw_gaps(ax: Axes, results: dict) -> None:
         ax.bar(at, bottom, 0.65, color=APPROXIMATION, alpha=faint)
         ax.bar(at, top - bottom, 0.65, bottom, color=AMORTISATION, alpha=faint)
         if interval is not None:
-            style = {"color": DARK, "lw": 1, "capsize": 3}
+            style = {"color": INK, "lw": 1, "capsize": 3}
             ax.errorbar(at - 0.12, bottom, interval["approximation_gap_ci95"], **style)
             ax.errorbar(at + 0.12, top, interval["inference_gap_ci95"], **style)
         above = top if interval is None else top + interval["inference_gap_ci95"]
-        ax.annotate(f"{top:.2f}", (at, above), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+        note(ax, f"{top:.2f}", (at, above))
     ax.bar(0, 0, color=APPROXIMATION, label="approximation: the family of q")
     ax.bar(0, 0, color=AMORTISATION, label="amortisation: the encoder")
     ax.set_xticks(range(len(bars)), [label for label, _, _ in bars], fontsize=7.5)
@@ -64,16 +65,16 @@ def draw_gaps(ax: Axes, results: dict) -> None:
     ax.grid(axis="x", visible=False)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.2)
     ax.legend(fontsize=8, loc="upper left")
-    ax.set_xlabel("* as recalled, 3280 epochs", fontsize=7.5, color="#667080")
+    ax.set_xlabel("* as recalled, 3280 epochs", fontsize=7.5, color=MUTED)
 
 
 def draw_images(ax: Axes, seeds: list[dict]) -> None:
     x, y = (np.mean([seed["images"][gap] for seed in seeds], 0) for gap in ("approximation", "amortisation"))
     point = "an image" + f", mean of {len(seeds)} seeds" * (len(seeds) > 1)
-    ax.plot(x, y, "o", ms=4, color="#667080", alpha=0.7, mew=0, label=point)
+    ax.plot(x, y, "o", ms=4, color=MUTED, alpha=0.7, mew=0, label=point)
     right, top = 1.25 * x.max(), 1.12 * y.max()
-    ax.plot([0, right], [0, right], color=DARK, lw=0.8, ls=":", label="equal")
-    ax.plot(x.mean(), y.mean(), "D", color=DARK, ms=7, mec="white", ls="none", label="mean")
+    ax.plot([0, right], [0, right], color=INK, lw=0.8, ls=":", label="equal")
+    ax.plot(x.mean(), y.mean(), "D", color=INK, ms=7, mec="white", ls="none", label="mean")
     ax.set(xlim=(min(0, 1.1 * x.min()), right), ylim=(min(0, 1.1 * y.min()), top))
     ax.set(xlabel="approximation gap, nats", ylabel="amortisation gap, nats")
     ax.legend(loc="upper left", fontsize=8)

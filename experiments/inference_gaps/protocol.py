@@ -92,15 +92,13 @@ PAPER_GAPS = {  # as recalled, unconfirmed: factorised Gaussian, first 1000 trai
 }
 
 
-def overrides(experiment: str, model: str, seed: int, epochs: int) -> list[str]:
-    """Of conf/train.yaml."""
+def overrides(model: str, epochs: int) -> list[str]:
+    """Of conf/experiment/inference_gaps.yaml."""
     return [
-        f"experiment={experiment}",
         *DATA[model],
         f"trainer.max_epochs={epochs}",
         f"lr_schedule.gamma={FINAL_RATE ** (1 / epochs):.10f}",
         f"objective.schedule.steps={round(WARM_UP * epochs * STEPS_AN_EPOCH)}",
-        f"seed={seed}",
     ]
 
 
@@ -193,26 +191,17 @@ def measure_training_images(folder: Path, settings: dict) -> dict:
 
 
 def measure(context: Context) -> dict:
-    settings, experiment = context.settings, "inference_gaps" + "_quick" * context.quick
+    settings = context.settings
     set_threads(1)
-    models, seeds = settings["models"], settings["seeds"]
-    runs = {f"{m}-seed{s}": overrides(experiment, m, s, settings["epochs"]) for s in seeds for m in models}
-    folders = context.train_many(runs)
-    pieces = {
-        f"gaps-{m}-seed{s}": partial(measure_model, folders[f"{m}-seed{s}"], m, settings) for s in seeds for m in models
-    }
-    if "training_images" in settings:
-        for name, folder in folders.items():
-            pieces[f"training-gaps-{name}"] = partial(measure_training_images, folder, settings)
-    found = context.cached_many({**pieces, "exact": partial(measure_exact, **settings["exact"])})
-
-    def of_models(piece: str) -> dict:
-        return {m: [found[f"{piece}-{m}-seed{s}"] for s in seeds] for m in models}
-
-    kept = ("seeds", "epochs", "images", "importance_samples", "ais", "temperatures", "flow_steps")
+    folders = context.train_grid({m: overrides(m, settings["epochs"]) for m in settings["models"]}, settings["seeds"])
+    found = context.measure_grid(
+        {run: partial(measure_model, folder, run[0], settings) for run, folder in folders.items()}, "gaps"
+    )
+    of_training = {run: partial(measure_training_images, folder, settings) for run, folder in folders.items()}
+    kept = ("seeds", "epochs", "images", "importance_samples", "ais", "temperatures", "flow_steps", "training_images")
     return {
-        "exact": found["exact"],
-        "models": of_models("gaps"),
-        "training": of_models("training-gaps") if "training_images" in settings else {},
-        "protocol": {key: settings[key] for key in (*kept, "training_images") if key in settings},
+        "exact": context.cached("exact", partial(measure_exact, **settings["exact"])),
+        "models": found,
+        "training": context.measure_grid(of_training, "training-gaps") if "training_images" in settings else {},
+        "protocol": {key: settings[key] for key in kept if key in settings},
     }

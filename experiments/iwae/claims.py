@@ -10,7 +10,7 @@ from statistics import fmean
 import numpy as np
 
 from experiments.iwae.protocol import BOUNDS, LAYERS, NAMES, PUBLISHED, title
-from vae.experiment import Claim, Gain, Table, above, at_least, at_most, below, ordered, spread, within
+from vae.claims import Claim, Gain, Table, above, at_least, at_most, below, ordered, spread, within
 
 ASYMPTOTIC = 64  # K from which slopes are fitted
 ROUNDING = 1e-5  # of a gradient that is 0

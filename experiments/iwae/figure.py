@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.iwae.claims import ASYMPTOTIC
 from experiments.iwae.protocol import NAMES, PUBLISHED, title
-from vae.experiment import Gain
+from vae.claims import Gain
 from vae.experiment_figures import BLUE, GREEN, INK, MUTED, ORANGE, guide, log_ticks, note
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 
 from experiments.kl_directions.protocol import MIXTURES, POSTED, SHIFTS, exact_statistics
-from vae.experiment import Claim, Table, at_least, below, listed
+from vae.claims import Claim, Table, at_least, below, listed
 
 
 def nearest(end: list[float], optima: list[tuple[float, float, float]]) -> tuple[float, tuple[float, float, float]]:

@@ -6,9 +6,9 @@ from itertools import product
 
 import numpy as np
 
-from experiments.linear_vae_ppca.claims import TITLES
+from experiments.linear_vae_ppca.claims import FOUND, TITLES
 from experiments.linear_vae_ppca.protocol import DRAWN
-from vae.experiment_figures import unpack_images
+from vae.experiment_figures import FINE, MUTED, bare, guide, note, unpack_images
 
 
 def figure(results: dict):
@@ -36,8 +36,7 @@ def figure(results: dict):
             ax = grid[row, column]
             ax.imshow(shown[row, column], cmap="RdBu_r", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
-            ax.grid(False)
-            ax.spines[:].set_visible(False)
+            bare(ax)
         for row, name in enumerate(("component", "column")):
             grid[row, 0].set_ylabel(name, fontsize=8)
     return fig
@@ -53,7 +52,7 @@ def draw_latents(ax, results: dict) -> None:
         ax.plot(place, piece["final"]["kl"], ".", color=f"C{number}", ms=5, label=label)
     ax.set(xlabel="latent, by its KL", ylabel="KL (nats)", title="MNIST: what each latent carries")
     ax.set(xlim=(0, 51), ylim=(-0.08, 1.3 * max(kl for model in shown for kl in model["seeds"][0]["final"]["kl"])))
-    ax.plot([], [], color="#667080", lw=1.0, label="1/2 log(eigenvalue / sigma²), or 0")
+    ax.plot([], [], color=MUTED, lw=1.0, label="1/2 log(eigenvalue / sigma²), or 0")
     ax.legend(fontsize=8, loc="upper right")
 
 
@@ -66,18 +65,8 @@ def draw_gaps(ax, results: dict) -> None:
             ax.plot(gaps, [number] * len(gaps), "o", color=color, ms=5, alpha=0.8, mec="white", mew=0.5)
         kind = f"σ² = {model['sigma2']:g}" if model["sigma2"] else "learned"
         labels.append(f"{ {'mnist': 'MNIST', 'fashion_mnist': 'Fashion'}[model['data']] } {model['k']}, {kind}")
-    ax.axvline(0.5, color="#667080", lw=1.0, ls=(0, (3, 2)))
-    ax.annotate(
-        "0.5 nats",
-        (0.5, 1),
-        (-2, -2),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=8,
-        color="#667080",
-    )
+    guide(ax, x=0.5, lw=1.0, ls=FINE)
+    note(ax, "0.5 nats", (0.5, 1), (-2, -2), xycoords=("data", "axes fraction"), ha="right", va="top", color=MUTED)
     ax.set(
         xscale="log", yticks=range(len(labels)), ylim=(-0.6, 1.35 * len(labels)), xlabel="nats below the exact optimum"
     )
@@ -92,7 +81,7 @@ def draw_starts(ax, results: dict) -> None:
     starts = results["starts"]
     for before, after in zip(starts["start"], starts["end"], strict=True):
         ax.plot([0, 1], [before, max(after, 1e-7)], "o-", color="C2", ms=4, lw=0.8, alpha=0.7)
-    ax.axhline(0.05, color="#667080", lw=1.0, ls=(0, (3, 2)))
+    guide(ax, y=FOUND, lw=1.0, ls=FINE)
     ax.set(yscale="log", xlim=(-0.25, 1.25), xticks=[0, 1], ylabel="nats below the optimum")
     ax.set_xticklabels(["start", "end"])
     ax.set_title(f"{len(starts['end'])} random starts, k = {starts['k']}")

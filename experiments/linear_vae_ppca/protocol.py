@@ -4,7 +4,8 @@ images' covariance: trained by minibatches as any VAE, then on all images at onc
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -177,53 +178,54 @@ def name_of(model: dict) -> str:
     return f"{model['data']}-k{model['k']}-" + (f"sigma2={model['sigma2']:g}" if model["sigma2"] else "learned")
 
 
+def overrides(model: dict) -> list[str]:
+    """Of conf/experiment/linear_vae_ppca.yaml."""
+    fixed = ["likelihood=gaussian", f"likelihood.sigma={math.sqrt(model['sigma2'])!r}"] if model["sigma2"] else []
+    return [
+        f"data={model['data']}",
+        f"model.latent_dim={model['k']}",
+        f"trainer.max_epochs={model['epochs']}",
+        *fixed,
+    ]
+
+
+def measure_model(folder: Path, model: dict, seed: int) -> dict:
+    """Where the minibatches ended, where the full batch then does, and the components of one seed."""
+    from vae.engine.checkpoints import load_weights
+    from vae.engine.run import load
+
+    _, data, module = load(folder)
+    load_weights(module, folder / "checkpoints" / "last.ckpt")
+    spectrum_, _ = training_images(model["data"])
+    best = optimum(spectrum_.values, model["k"], model["sigma2"])
+    minibatch = LinearWeights.of(module.vae, spectrum_)
+    final = full_batch(minibatch, spectrum_.values, model["iterations"], model["sigma2"] is None)
+    final.put_into(module.vae, spectrum_)
+    result = {
+        "optimum": best._asdict(),
+        "minibatch": describe(minibatch, spectrum_, best),
+        "final": {**describe(final, spectrum_, best), **sampled(module.vae, data)},
+    }
+    if seed == 0 and model["sigma2"] is None and model["k"] == DRAWN:
+        result["pictures"] = pictures(final, spectrum_)
+    return result
+
+
 def measure(context: Context) -> dict:
-    runs = {}
-    for model in context.settings["models"]:
-        for seed in range(model["seeds"]):
-            overrides = [
-                "experiment=linear_vae_ppca",
-                f"data={model['data']}",
-                f"model.latent_dim={model['k']}",
-                f"trainer.max_epochs={model['epochs']}",
-                f"seed={seed}",
-            ]
-            if model["sigma2"]:
-                overrides += ["likelihood=gaussian", f"likelihood.sigma={math.sqrt(model['sigma2'])!r}"]
-            runs[f"{name_of(model)}-seed{seed}"] = overrides
-    folders = context.train_many(runs)
-
-    def finished(model: dict, seed: int) -> dict:
-        from vae.engine.checkpoints import load_weights
-        from vae.engine.run import load
-
-        folder = folders[f"{name_of(model)}-seed{seed}"]
-        _, data, module = load(folder)
-        load_weights(module, folder / "checkpoints" / "last.ckpt")
-        spectrum_, _ = training_images(model["data"])
-        best = optimum(spectrum_.values, model["k"], model["sigma2"])
-        minibatch = LinearWeights.of(module.vae, spectrum_)
-        final = full_batch(minibatch, spectrum_.values, model["iterations"], model["sigma2"] is None)
-        final.put_into(module.vae, spectrum_)
-        result = {
-            "optimum": best._asdict(),
-            "minibatch": describe(minibatch, spectrum_, best),
-            "final": {**describe(final, spectrum_, best), **sampled(module.vae, data)},
-        }
-        if seed == 0 and model["sigma2"] is None and model["k"] == DRAWN:
-            result["pictures"] = pictures(final, spectrum_)
-        return result
-
-    results: dict = {"models": [], "closed_form": [], "starts": {}}
-    for model in context.settings["models"]:
-        pieces = [
-            context.cached(f"{name_of(model)}-seed{seed}", lambda model=model, seed=seed: finished(model, seed))
-            for seed in range(model["seeds"])
-        ]
-        results["models"].append({**model, "seeds": pieces})
-    results["closed_form"] = context.cached("closed-form", lambda: closed_forms(context.settings["models"]))
-    results["starts"] = context.cached("starts", lambda: from_anywhere(**context.settings["starts"]))
-    return results
+    models = {name_of(model): model for model in context.settings["models"]}
+    runs = {(name, seed): f"{name},seed={seed}" for name, model in models.items() for seed in range(model["seeds"])}
+    folders = context.train_many(
+        {run: [context.config, *overrides(models[name]), f"seed={seed}"] for (name, seed), run in runs.items()}
+    )
+    found: dict[str, list] = {name: [] for name in models}
+    for (name, seed), run in runs.items():  # one after another, with all threads
+        measured = partial(measure_model, folders[run], models[name], seed)
+        found[name].append(context.cached(f"measured,{run}", measured))
+    return {
+        "models": [{**model, "seeds": found[name]} for name, model in models.items()],
+        "closed_form": context.cached("closed-form", lambda: closed_forms(context.settings["models"])),
+        "starts": context.cached("starts", lambda: from_anywhere(**context.settings["starts"])),
+    }
 
 
 def closed_forms(models: list[dict]) -> list[dict]:

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.priors.protocol import NAMES, OPTION, PLAIN, PUBLISHED, TITLES, VAMP
-from vae.experiment import Claim, Gain, Table, above, ordered, spread, within
+from vae.claims import Claim, Gain, Table, above, ordered, spread, within
 
 LONG = 100  # epochs from which absolute numbers are claimed
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.priors.claims import difference, title
 from experiments.priors.protocol import NAMES, OPTION, PLAIN, PUBLISHED, TITLES, VAMP
-from vae.experiment import Gain
+from vae.claims import Gain
 from vae.experiment_figures import BLUE, GREEN, MUTED, note, unpack_images
 
 if TYPE_CHECKING:

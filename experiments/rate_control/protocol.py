@@ -3,7 +3,6 @@ VAE, whose rate-distortion curve is known exactly, then on an MLP VAE of binaris
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from vae.beta import GECO, ControlVAE, Linear
 from vae.data.images import Batch
 from vae.evaluation.ppca import LinearWeights, optimum, spectrum
-from vae.experiment import Context
+from vae.experiment import Context, logged
 from vae.model import VAEOutput
 from vae.objectives.capacity import Capacity, FreeBits
 from vae.objectives.elbo import BetaVAE, Objective
@@ -259,29 +258,21 @@ def measured(folder: Path) -> dict:
     result["kl"] = sorted_kl(totals.kl_per_dimension())
     metrics = read_metrics(folder)
     result["last_epoch"] = {name: metrics[f"train/{name}"] for name in ("rate", "distortion")}
-    with open(folder / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("train/rate")]
-    names = ("step", "train/rate", "train/distortion", "train/beta")
-    result["trace"] = _columns([[round(float(row.get(name) or "nan"), 4) for name in names] for row in rows])
+    course, weights = logged(folder, "train/rate", "train/distortion"), logged(folder, "train/beta")
+    weight_at = dict(zip(weights["step"], weights["train/beta"], strict=True))  # none where nothing controls it
+    rows = zip(course["step"], course["train/rate"], course["train/distortion"], strict=True)
+    result["trace"] = _columns(
+        [[step, round(r, 4), round(d, 4), round(weight_at.get(step, math.nan), 4)] for step, r, d in rows]
+    )
     return result
 
 
 def train_mlps(context: Context, methods: dict[str, tuple[str, dict]]) -> dict[str, list[dict]]:
     """What was measured of each method's runs, a seed each; methods: name -> (method, target) of `mlp_overrides`."""
-    settings, seeds = context.settings["mlp"], range(context.settings["mlp"]["seeds"])
-    base, steps = base_of(context), mlp_steps(context)
-    overrides = {
-        f"{name}-seed{seed}": [base, *mlp_overrides(method, settings, target, steps), f"seed={seed}"]
-        for name, (method, target) in methods.items()
-        for seed in seeds
-    }
-    folders = context.train_many(overrides)
-    pieces = context.cached_many({f"mlp-{name}": partial(measured, folder) for name, folder in folders.items()})
-    return {name: [pieces[f"mlp-{name}-seed{seed}"] for seed in seeds] for name in methods}
-
-
-def base_of(context: Context) -> str:
-    return f"experiment=rate_control{'_quick' if context.quick else ''}"
+    settings, steps = context.settings["mlp"], mlp_steps(context)
+    cells = {name: mlp_overrides(method, settings, target, steps) for name, (method, target) in methods.items()}
+    folders = context.train_grid(cells, range(settings["seeds"]))
+    return context.measure_grid({run: partial(measured, folder) for run, folder in folders.items()}, "mlp")
 
 
 def mlp_steps(context: Context) -> int:
@@ -290,7 +281,7 @@ def mlp_steps(context: Context) -> int:
     from vae.cli import CONFIGS
 
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        config = compose("train", [base_of(context)])
+        config = compose("train", [context.config])
     return config.trainer.max_epochs * math.ceil(55_000 / config.data.batch_size)
 
 

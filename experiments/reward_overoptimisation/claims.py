@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.reward_overoptimisation import toys
 from experiments.reward_overoptimisation.protocol import BEST_OF, DISTANCES, FAR_N, METHODS, TOY
-from vae.experiment import Claim, Table, above, at_most, below, between, near, ordered
+from vae.claims import Claim, Table, above, at_most, below, between, near, ordered
 
 PEAK = 0.1  # how far the place and the height of a peak may be off
 LOG_GOLD = {"a": 2.0, "b": 1.0}

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.rlhf_reward_hacking.protocol import METHODS
-from vae.experiment import (
+from vae.claims import (
     Claim,
     Limit,
     Table,

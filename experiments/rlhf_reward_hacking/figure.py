@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.rlhf_reward_hacking.claims import curve
 from experiments.rlhf_reward_hacking.protocol import METHODS
-from vae.experiment import mean, values
+from vae.claims import mean, values
 from vae.experiment_figures import BLUE, DASHES, INK, MUTED, ORANGE, PALE, guide, level, log_ticks, note
 
 if TYPE_CHECKING:

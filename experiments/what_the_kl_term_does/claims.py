@@ -6,7 +6,7 @@ import statistics
 from typing import TYPE_CHECKING, Any
 
 from experiments.what_the_kl_term_does.protocol import NUMBERS
-from vae.experiment import Bound, Claim, Table, above, ordered, spread
+from vae.claims import Bound, Claim, Table, above, ordered, spread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -51,7 +51,7 @@ def test_measuring_the_exact_model_finds_its_gaps():
 
 def test_the_configs_are_the_protocol():
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        config = compose("train", overrides("inference_gaps", "fashion", 1, SETTINGS["full"]["epochs"]))
+        config = compose("train", ["experiment=inference_gaps", *overrides("fashion", SETTINGS["full"]["epochs"])])
     assert config.data.binarize == "threshold"
     assert (list(config.network.hidden), config.network.activation, config.model.latent_dim) == ([200, 200], "elu", 50)
     assert config.objective.schedule.steps == round(400 / 3280 * 50 * 550)

@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from experiments.iwae.claims import claims, slope, table
 from experiments.iwae.protocol import PUBLISHED, SETTINGS, cells, overrides, protocol, title
 from experiments.iwae.toy import SPREAD, Toy, agreement, ratio
+from vae.claims import Gain
 from vae.cli import CONFIGS
 from vae.engine.build import instantiate
-from vae.experiment import Gain
 
 K = [1, 4, 16, 64, 256, 1024]
 

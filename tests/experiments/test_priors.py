@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 
 from experiments.priors.claims import LONG, claims, difference, table
 from experiments.priors.protocol import SETTINGS, measure_model, overrides
+from vae.claims import Gain
 from vae.cli import CONFIGS
 from vae.engine.run import evaluate, train
-from vae.experiment import Gain
 
 
 def cell(nll: list[float], spread: float, marginal: float) -> dict:
