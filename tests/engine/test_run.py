@@ -278,7 +278,7 @@ def test_two_processes_do_not_train_the_same_run(tiny, tmp_path):
     [
         "callbacks.checkpoint.filename=../../best",
         "+callbacks.checkpoint.dirpath=/tmp/elsewhere",
-        "logger.version=../..",
+        "logger.tensorboard.version=../..",
     ],
 )
 def test_a_config_cannot_make_a_run_write_outside_its_folder(tiny, tmp_path, override):
