@@ -62,7 +62,7 @@ def test_a_direction_that_is_not_told_is_asked_for(metric, direction):
 
 
 def test_a_metric_that_was_not_measured_is_told_with_those_that_were():
-    with pytest.raises(VAEError, match="sweep_metric=val/eblo was not measured: choose from .*val/elbo"):
+    with pytest.raises(VAEError, match=r"sweep_metric=val/eblo was not measured: choose from .*val/elbo"):
         sweep_value(asked("val/eblo", "maximize"), MEASURED)
 
 
