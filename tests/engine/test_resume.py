@@ -352,6 +352,33 @@ def test_a_run_never_starts_from_what_lightning_left_in_its_folder(slurm, tiny, 
     assert (tmp_path / "run" / "hpc_ckpt_1.ckpt").is_file()
 
 
+@pytest.mark.parametrize(
+    "options", [["objective=cvae"], ["prior=vampprior", "prior.pseudo_inputs=5"], ["objective=m2", "data.labelled=10"]]
+)
+def test_a_model_loads_and_samples_where_its_data_are_not(options, tiny, tmp_path, monkeypatch):
+    from vae.engine.run import evaluate, load
+    from vae.seeding import generator
+
+    trained(tiny(*options), tmp_path)
+
+    def drawn():
+        _, data, module = load(tmp_path)
+        y = torch.arange(6) if module.vae.num_classes else None
+        return data, module.vae.sample(6, generator("some"), y)
+
+    here = drawn()[1]
+
+    def absent():
+        raise VAEError("There are no digits here.")
+
+    monkeypatch.setattr("vae.data.sources.digits", absent)
+    data, there = drawn()
+    assert torch.equal(here, there)
+    for use in (lambda: data.examples("val", 1), lambda: evaluate(tmp_path)):
+        with pytest.raises(VAEError, match="There are no digits here"):
+            use()
+
+
 def test_a_data_set_is_looked_for_where_the_machine_says_unless_the_run_was_told_a_folder_that_exists(
     tmp_path, monkeypatch
 ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -215,6 +215,21 @@ class ImageDataModule(pl.LightningDataModule):
         """
         partners_of(self.splits_ready().train, changed_factors)
         self.changed_factors = changed_factors
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a model has to know of its images. Checkpoints carry it, for `stand_in` where the data set is not."""
+        labels = getattr(self.splits_ready().train, "y", None)
+        one_each = labels.unique().tolist() if labels is not None and labels.ndim == 1 else None
+        return {"image_shape": list(self.image_shape), "labels": one_each}
+
+    def stand_in(self, image_shape: Sequence[int], labels: Sequence[int] | None) -> None:
+        """Until `withdraw`, have black images in place of the data set's, one a label: enough to build a model by."""
+        x = torch.zeros(len(labels or [0]), *image_shape, dtype=torch.uint8)
+        self.splits = Splits(*[Images(x, None if labels is None else torch.tensor(labels))] * 3)
+
+    def withdraw(self) -> None:
+        """Forget the images; whoever asks for some next gets those of the data set, or what is wrong with it."""
+        self.splits = None
 
     def train_mean(self) -> Tensor:
         """Mean training image in [0, 1], (C, H, W), over at most 10,000 of them (500 where each is read from a file)."""

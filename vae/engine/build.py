@@ -38,16 +38,20 @@ def instantiate(config: Any, **options: Any) -> Any:
         raise VAEError(sentence) from error
 
 
-def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
+def build(config: DictConfig, facts: dict[str, Any] | None = None) -> tuple[ImageDataModule, VAEModule]:
     """The data and the untrained module that a config describes; initial weights follow from `config.seed`.
 
+    facts: what a checkpoint tells of the images, where the data set is not there and only the module is wanted.
     Raises VAEError for a combination that makes no sense.
     """
     latent_dim = config.model.latent_dim
     if not isinstance(latent_dim, int) or latent_dim < 1:
         raise VAEError(f"model.latent_dim={latent_dim} must be a whole number of at least 1.")
     data: ImageDataModule = instantiate(config.data, seed=config.seed)
-    data.setup()
+    if facts is None:
+        data.setup()
+    else:
+        data.stand_in(**facts)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "init"))
         objective = instantiate(config.objective)
@@ -85,6 +89,8 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
         lr_schedule=for_length(instantiate(config.lr_schedule), config.trainer, data),
         nll_samples=config.evaluation.nll_samples,
     )
+    if facts is not None:
+        data.withdraw()
     return data, module
 
 

@@ -15,6 +15,7 @@ from vae.errors import VAEError
 from vae.evaluation.likelihood import ELBOTotals, bits_per_dim, log_likelihood
 from vae.model import VAE
 from vae.objectives.elbo import Objective
+from vae.precision import wide
 from vae.seeding import generator
 
 
@@ -161,7 +162,7 @@ class VAEModule(pl.LightningModule):
         self._measure(batch)
         if self.nll_samples:
             nll = -log_likelihood(self.vae, batch, self.nll_samples)
-            self._log_likelihood.add({f"nll_iw{self.nll_samples}": nll.double().mean()}, weight=len(batch.x))
+            self._log_likelihood.add({f"nll_iw{self.nll_samples}": wide(nll).mean()}, weight=len(batch.x))
 
     def on_test_epoch_end(self) -> None:
         metrics = {**self._measured(), **self._log_likelihood.compute()}

@@ -15,7 +15,7 @@ from vae.cli import TRANSIENT, command
 from vae.data.images import Splits
 from vae.data.module import ImageDataModule
 from vae.engine.build import build, run_length
-from vae.engine.checkpoints import load_weights, seconds_before
+from vae.engine.checkpoints import load_weights, read_checkpoint, seconds_before
 from vae.engine.folder import (
     differences,
     discard,
@@ -162,7 +162,10 @@ def _floats(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def load(folder: Path, **changes: Any) -> tuple[DictConfig, ImageDataModule, VAEModule]:
-    """A run's config, data and model with its best weights. `changes` may name nll_samples, accelerator and threads."""
+    """A run's config, data and model with its best weights. `changes` may name nll_samples, accelerator and threads.
+
+    Where the data set is not, the model is there all the same, and asking `data` for images says what is missing.
+    """
     config = read_config(folder)
     for name, value in changes.items():
         OmegaConf.update(
@@ -171,8 +174,15 @@ def load(folder: Path, **changes: Any) -> tuple[DictConfig, ImageDataModule, VAE
             value,
         )
     set_threads(config.threads)
-    data, module = build(config)
-    load_weights(module, folder / "checkpoints" / "best.ckpt")
+    best = folder / "checkpoints" / "best.ckpt"
+    try:
+        data, module = build(config)
+    except VAEError:
+        facts = read_checkpoint(best).get(ImageDataModule.__name__) if best.is_file() else None
+        if not facts:  # of an earlier version
+            raise
+        data, module = build(config, facts)
+    load_weights(module, best)
     return config, data, module.eval()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vae.model import VAE, VAEOutput
+from vae.precision import wide
 from vae.seeding import generator
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class ELBOTotals:
 
     def _add(self, **values: Tensor) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.double().sum(0)
+            self.sums[name] = self.sums.get(name, 0) + wide(value).sum(0)
 
     @torch.no_grad()
     def update(self, vae: VAE, batch: Batch) -> VAEOutput:
@@ -42,7 +43,7 @@ class ELBOTotals:
         out = vae(batch.x, generator(batch.seed, "z", device=batch.x.device), batch.y)
         mean = out.posterior.mean
         self.images += len(batch.x)
-        self._add(distortion=out.distortion, rate=out.rate, kl=out.kl, mean=mean, mean_square=mean.double().square())
+        self._add(distortion=out.distortion, rate=out.rate, kl=out.kl, mean=mean, mean_square=wide(mean).square())
         self.pixels = batch.x[0].numel()
         return out
 
