@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
 from vae.cli import CONFIGS
 from vae.engine.folder import OtherTraining, differences, read_config, refuse_other_training, resumed_config
@@ -79,16 +80,7 @@ def test_a_setting_that_changes_what_is_trained_is_refused_by_name(override, tin
 
 
 def changes(stored, settled):
-    from omegaconf import OmegaConf
-
-    from vae.cli import TRANSIENT
-
-    return differences(
-        *(
-            {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in TRANSIENT}
-            for config in (stored, settled)
-        )
-    )
+    return differences(*(OmegaConf.to_container(config, resolve=True) for config in (stored, settled)))
 
 
 @pytest.mark.parametrize(

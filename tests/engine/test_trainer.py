@@ -205,7 +205,7 @@ def test_loggers_of_ones_own_get_settings_metrics_and_pictures_each_run_its_own(
     for seed in (0, 1):
         folder = tmp_path / f"seed={seed}"
         config = tiny(f"seed={seed}", "callbacks=default", "logger=[tensorboard,csv]", "trainer.log_every_n_steps=1")
-        config.logger = {**OmegaConf.to_container(config.logger), "notes": notes}
+        config.logger = {"notes": notes, **OmegaConf.to_container(config.logger)}
         found = train(config, folder, [], progress_bar=False)
         logger = Notes.made[-1]
         assert logger.given == str(folder)

@@ -17,6 +17,8 @@ from vae.data.module import ImageDataModule
 from vae.engine.build import build, run_length
 from vae.engine.checkpoints import load_weights, read_checkpoint, seconds_before
 from vae.engine.folder import (
+    MEASURING,
+    begins_with,
     differences,
     discard,
     environment,
@@ -115,7 +117,7 @@ def train(
 
 
 def _say_what_had_no_effect(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
-    measuring = [f"{name}={new}" for name, (_, new) in changed.items() if name.startswith(("evaluation.", "data.eval"))]
+    measuring = [f"{name}={new}" for name, (_, new) in changed.items() if begins_with(name, MEASURING)]
     if measuring:
         logging.getLogger(__name__).warning(
             f"The run had finished, so {', '.join(measuring)} changed nothing. To measure it again: "
