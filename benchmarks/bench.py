@@ -606,7 +606,7 @@ def conditions(options: argparse.Namespace, load: float, section: str = "") -> d
     from vae.engine.folder import environment
 
     threads = 1 if section in ON_ONE_THREAD else getattr(options, "threads", "auto")
-    return {**environment(), "threads": os.cpu_count() if threads == "auto" else threads, "load": load}
+    return {**environment(), "threads": 1 if threads == "auto" else threads, "load": load}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -663,7 +663,7 @@ ON_ONE_THREAD = ("growth", "denormals")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"some of {', '.join(SECTIONS)}; all unless said")
-    parser.add_argument("--threads", default="auto", help="of a single run; auto: one a core")
+    parser.add_argument("--threads", default="auto", help="of a single run; auto: one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs of the sweep side by side")
     parser.add_argument("--epochs", type=int, default=5, help="of each run of the sweep")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")

@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+
+from vae.cli import CONFIGS, command, quote_run, resuming, run_name
+from vae.errors import VAEError
 
 SMALL = [
     "data.limit=64",
@@ -65,7 +69,18 @@ def test_a_sweep_with_a_bad_run_names_folders_by_what_varies_reports_and_fails_t
     assert "exists already: add resume=true" in refused.stderr
     assert "Traceback" not in refused.stderr
 
+    measured = run("vae.evaluate", f"run={good.relative_to(tmp_path)}", cwd=tmp_path)
+    assert "test/elbo" in measured.stdout, measured.stderr
+
+    changed = run("vae.train", *command, "optimizer.lr=0.5", "resume=true", cwd=tmp_path)
+    assert changed.returncode == 1
+    assert (
+        changed.stdout.count("optimizer.lr is 0.001 there and 0.5 now") == 4
+    )  # of two runs, when refused and at the end
+    assert (good / "metrics.json").stat().st_mtime_ns == stamp
+
     again = run("vae.train", *command, "resume=true", cwd=tmp_path)
+    assert not list(sweep.glob("*/refused.json"))
     assert "finished model.latent_dim=3,objective.beta=0.5" in again.stdout
     assert (good / "metrics.json").stat().st_mtime_ns == stamp
 
@@ -85,6 +100,68 @@ def test_a_run_is_trained_evaluated_again_and_resumed_by_command(tmp_path):
     refused = run("vae.evaluate", "run=here", "split=tset", cwd=tmp_path)
     assert refused.returncode == 1
     assert refused.stderr == "Error: split='tset' is unknown: choose train, val or test.\n"
+
+
+def test_runs_of_different_settings_have_different_folders_that_every_file_system_takes():
+    assert run_name("model.latent_dim=2,objective.beta=0.5", 3) == "model.latent_dim=2,objective.beta=0.5"
+    assert run_name("", 3) == "3"
+    alike = ["data=a/b", "data=a_b", "data=a:b", "data=a__b", "data=[a,b]", ".data=a_b", "\u7a3f" * 200, "\u7a3f" * 199]
+    alike += ["x" * 150, "x" * 151, "x" * 152, "/", "..", "_"]
+    names = [run_name(overrides, 0) for overrides in alike]
+    assert len({*names}) == len(names)
+    assert all(len(name.encode()) <= 255 and "/" not in name and name[0] != "." for name in names)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "S/model.latent_dim=2,objective.beta=0.5",
+        "a,b",
+        "12",
+        "1e3",
+        "true",
+        "[a]",
+        "{a: b}",
+        "it's",
+        "a\\",
+        "range(1,3)",
+        "a\\'b=",
+    ],
+)
+def test_any_folder_can_be_named_by_run(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vae.evaluate", "split=val", f"run={folder}", "measures=[ais]"])
+    quote_run()
+    assert sys.argv[:2] + sys.argv[3:] == ["vae.evaluate", "split=val", "measures=[ais]"]
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        assert compose("evaluate", sys.argv[1:]).run == folder
+    once = list(sys.argv)
+    quote_run()
+    assert sys.argv == once
+
+
+@pytest.mark.parametrize("word", ["run=here/there", "run=null", "run='a=b'", "run=runs/${seed}", "run=a b"])
+def test_what_hydra_reads_as_a_folder_is_left_to_it(word, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vae.train", word])
+    quote_run()
+    assert sys.argv == ["vae.train", word]
+
+
+def test_a_command_can_be_pasted():
+    import shlex
+
+    written = command("vae.evaluate", run="my runs/it's=1,b=$2", split="val")
+    assert shlex.split(written) == ["python", "-m", "vae.evaluate", "run=my runs/it's=1,b=$2", "split=val"]
+
+
+def test_a_requeued_job_goes_on_whatever_it_was_first_asked(monkeypatch):
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert [resuming(value) for value in (False, True, "restart")] == [False, True, "restart"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert resuming("restart") == "restart"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert [resuming(value) for value in (False, True, "restart")] == [True, True, True]
+    with pytest.raises(VAEError, match="resume=maybe is unknown"):
+        resuming("maybe")
 
 
 def test_absent_data_is_told_in_a_sentence_with_where_and_how(tmp_path):

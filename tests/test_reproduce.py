@@ -288,6 +288,23 @@ def test_a_run_is_trained_once_and_is_the_same_however_many_are_side_by_side(tmp
     }
 
 
+def test_a_run_of_an_experiment_is_of_one_config_from_its_start(tmp_path):
+    """Where another command would go on for longer, or leave a finished run unmeasured, a published number must not."""
+    tiny = ["data.limit=64", "data.batch_size=32", "lr_schedule=cosine", "threads=1", "trainer.accelerator=cpu"]
+    tiny += ["callbacks=minimal", "logger=none", "network.hidden=[4]", "model.latent_dim=2"]
+
+    def metrics(name, *overrides):
+        folder = Context(quick=True, folder=tmp_path).train([*tiny, *overrides], name)
+        found = json.loads((folder / "metrics.json").read_text())
+        return {key: value for key, value in found.items() if "seconds" not in key}
+
+    short = ["trainer.max_epochs=1", "evaluation.nll_samples=3"]
+    longer = ["trainer.max_epochs=2", "evaluation.nll_samples=3"]
+    metrics("one", *short)
+    assert metrics("one", *longer) == metrics("fresh", *longer)
+    assert "test/nll_iw4" in metrics("one", *longer, "evaluation.nll_samples=4")
+
+
 def test_pieces_measured_side_by_side_are_those_of_one_after_another(tmp_path):
     measures = {f"root-{n}": functools.partial(math.sqrt, n) for n in (9, 4)}
     alone = Context(quick=True, folder=tmp_path / "alone", jobs=1).cached_many(measures)

@@ -172,21 +172,22 @@ def _train(name: str, overrides: list[str], folder: Path) -> tuple[str, float, f
     """Train, or find, one run; returns its name, its seconds and those of them that were spent before. In a process of its
     own."""
     from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
 
-    from vae.engine.folder import OtherTraining, read_status
+    from vae.engine.folder import MEASURING, TAKEN_OVER, begins_with, differences, read_config, read_status
     from vae.engine.run import train
 
     if not any(override.startswith("threads=") for override in overrides):
         overrides = [*overrides, "threads=1"]
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         config = compose("train", overrides)
-    if "epochs" in (config.lr_schedule or {}):  # one schedule from the first epoch to the last
-        config.lr_schedule.epochs = config.trainer.max_epochs
+    anew = False
+    if (folder / "config.yaml").is_file():
+        stored, settled = (OmegaConf.to_container(c, resolve=True) for c in (read_config(folder), config))
+        changed = differences(stored, settled)
+        anew = any(begins_with(key, MEASURING) or not begins_with(key, TAKEN_OVER) for key in changed)
     found, started = read_status(folder), time.monotonic()
-    try:
-        train(config, folder, overrides, resume=True, progress_bar=False)
-    except OtherTraining:
-        train(config, folder, overrides, resume="restart", progress_bar=False)
+    train(config, folder, overrides, resume="restart" if anew else True, progress_bar=False)
     status = read_status(folder)
     before = status["seconds"] - (0.0 if status == found else time.monotonic() - started)
     return name, status["seconds"], max(0.0, before)

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
 from vae.cli import CONFIGS
 from vae.engine.folder import OtherTraining, differences, read_config, refuse_other_training, resumed_config
@@ -79,16 +80,7 @@ def test_a_setting_that_changes_what_is_trained_is_refused_by_name(override, tin
 
 
 def changes(stored, settled):
-    from omegaconf import OmegaConf
-
-    from vae.cli import TRANSIENT
-
-    return differences(
-        *(
-            {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in TRANSIENT}
-            for config in (stored, settled)
-        )
-    )
+    return differences(*(OmegaConf.to_container(config, resolve=True) for config in (stored, settled)))
 
 
 @pytest.mark.parametrize(
@@ -350,6 +342,33 @@ def test_a_run_never_starts_from_what_lightning_left_in_its_folder(slurm, tiny, 
         with pytest.raises(VAEError, match=r"hpc_ckpt_1\.ckpt was left by Lightning"):
             train(tiny(), tmp_path / "run", [], resume=resume, progress_bar=False)
     assert (tmp_path / "run" / "hpc_ckpt_1.ckpt").is_file()
+
+
+@pytest.mark.parametrize(
+    "options", [["objective=cvae"], ["prior=vampprior", "prior.pseudo_inputs=5"], ["objective=m2", "data.labelled=10"]]
+)
+def test_a_model_loads_and_samples_where_its_data_are_not(options, tiny, tmp_path, monkeypatch):
+    from vae.engine.run import evaluate, load
+    from vae.seeding import generator
+
+    trained(tiny(*options), tmp_path)
+
+    def drawn():
+        _, data, module = load(tmp_path)
+        y = torch.arange(6) if module.vae.num_classes else None
+        return data, module.vae.sample(6, generator("some"), y)
+
+    here = drawn()[1]
+
+    def absent():
+        raise VAEError("There are no digits here.")
+
+    monkeypatch.setattr("vae.data.sources.digits", absent)
+    data, there = drawn()
+    assert torch.equal(here, there)
+    for use in (lambda: data.examples("val", 1), lambda: evaluate(tmp_path)):
+        with pytest.raises(VAEError, match="There are no digits here"):
+            use()
 
 
 def test_a_data_set_is_looked_for_where_the_machine_says_unless_the_run_was_told_a_folder_that_exists(

@@ -274,7 +274,7 @@ def test_two_processes_do_not_train_the_same_run(tiny, tmp_path):
 
 
 def test_a_config_cannot_make_a_run_write_outside_its_folder(tiny, tmp_path):
-    config = tiny("callbacks=default", "logger.version=../..")
+    config = tiny("callbacks=default", "logger.tensorboard.version=../..")
     with pytest.raises(VAEError, match="is outside the run's folder"):
         build_trainer(config, tmp_path / "sweep" / "run")
     assert not (tmp_path / "best.ckpt").exists()

@@ -144,9 +144,10 @@ def only_process(folder: Path) -> Iterator[None]:
 
 
 #: What may change when a run goes on: it says how or where training is done, looked at and measured, not what is trained.
+MEASURING = ("evaluation", "data.eval_batch_size")
 TAKEN_OVER = (
-    *("threads", "compile", "evaluation", "logger", "sweep_metric", "sweep_direction"),
-    *("data.eval_batch_size", "data.num_workers"),
+    *MEASURING,
+    *("threads", "compile", "logger", "sweep_metric", "sweep_direction", "data.num_workers"),
     *("trainer.accelerator", "trainer.devices", "trainer.log_every_n_steps", "trainer.profiler", "trainer.max_time"),
     *("trainer.num_sanity_val_steps", "trainer.enable_model_summary", "trainer.detect_anomaly"),
     *("callbacks.interruptible", "callbacks.pictures", "callbacks.stopwatch"),
@@ -159,9 +160,11 @@ class OtherTraining(VAEError):
 
 
 def differences(stored: dict[str, Any], settled: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two configs differ, by dotted key; where a data set of ours lies is none, absent is null."""
+    """The settings of the run in which two configs differ, by dotted key. Absent is null; where a data set of ours lies is
+    no setting."""
     old, new = (settings(without_data_root(config)) for config in (stored, settled))
-    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+    keys = [key for key in {**old, **new} if key not in TRANSIENT]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
 def refuse_other_training(folder: Path, stored: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> bool:
@@ -169,7 +172,7 @@ def refuse_other_training(folder: Path, stored: dict[str, Any], changed: dict[st
 
     Raises OtherTraining, naming the settings, where one of them changes what was trained already.
     """
-    other = {key: values for key, values in changed.items() if not _begins_with(key, TAKEN_OVER)}
+    other = {key: values for key, values in changed.items() if not begins_with(key, TAKEN_OVER)}
     lengths = [[math.inf if end in (None, -1) else end for end in other.pop(key, (0, 0))] for key in LENGTHS]
     if any(new < old for old, new in lengths):
         other |= {key: changed[key] for key in LENGTHS if key in changed}
@@ -186,7 +189,8 @@ def refuse_other_training(folder: Path, stored: dict[str, Any], changed: dict[st
     return any(new > old for old, new in lengths)
 
 
-def _begins_with(key: str, names: Sequence[str]) -> bool:
+def begins_with(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted key is one of these names or lies below one."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 

@@ -18,6 +18,7 @@ from vae.evaluation.likelihood import ELBOTotals, bits_per_dim, check_samples, n
 from vae.evaluation.work import Work, no_tick
 from vae.model import VAE
 from vae.objectives.elbo import Objective, SinglePass
+from vae.precision import wide
 from vae.seeding import generator
 
 
@@ -209,9 +210,9 @@ class VAEModule(pl.LightningModule):
             self._log_likelihood.add(self.mean_nll(batch, self._work), weight=len(batch.x))
 
     def mean_nll(self, batch: Batch, tick: Callable[[], None] = no_tick) -> dict[str, Tensor]:
-        """Means over a prepared batch of what `nll` gives, in nats, float64, 0-dim."""
+        """Means over a prepared batch of what `nll` gives, in nats, as precise as the device allows, 0-dim."""
         values = nll(self.vae, batch, self.nll_samples, tick)
-        return {name: value.double().mean() for name, value in values.items()}
+        return {name: wide(value).mean() for name, value in values.items()}
 
     def nll_steps(self, loader: BatchLoader) -> int:
         """How often `mean_nll` ticks over a loader, to within a batch."""

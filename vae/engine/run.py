@@ -20,6 +20,8 @@ from vae.data.module import ImageDataModule
 from vae.engine.build import build, run_length
 from vae.engine.checkpoints import choose_weights, load_weights, seconds_before
 from vae.engine.folder import (
+    MEASURING,
+    begins_with,
     differences,
     discard,
     environment,
@@ -117,7 +119,7 @@ def train(
 
 
 def _say_what_had_no_effect(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
-    measuring = [f"{name}={new}" for name, (_, new) in changed.items() if name.startswith(("evaluation.", "data.eval"))]
+    measuring = [f"{name}={new}" for name, (_, new) in changed.items() if begins_with(name, MEASURING)]
     if measuring:
         logging.getLogger(__name__).warning(
             f"The run had finished, so {', '.join(measuring)} changed nothing. To measure it again: "
@@ -179,7 +181,10 @@ def _floats(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def load(folder: Path, **changes: Any) -> tuple[DictConfig, ImageDataModule, VAEModule]:
-    """A run's config, data and model with its best weights. `changes` may name nll_samples, accelerator and threads."""
+    """A run's config, data and model with its best weights. `changes` may name nll_samples, accelerator and threads.
+
+    Needs the data set; `vae.load` gives the model without it.
+    """
     config = read_config(folder)
     for name, value in changes.items():
         OmegaConf.update(

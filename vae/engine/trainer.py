@@ -129,8 +129,8 @@ def warn_of_unreached_weight(objective: Objective, steps: float) -> None:
     last, end = (float(schedule(step)) for step in (steps - 1, math.inf))
     if not math.isclose(last, end, rel_tol=1e-3, abs_tol=1e-6):
         logging.getLogger(__name__).warning(
-            f"objective.schedule ({type(schedule).__name__}) is at {last:.4g} of its weight in the last of {steps:,} training "
-            f"steps and ends on {end:.4g}, which validation and test use: train for longer, or let it end sooner."
+            f"objective.schedule ({type(schedule).__name__}) stands at {last:.4g} in the last of {steps:,} training steps "
+            f"and ends on {end:.4g}, which validation and test use: train for longer, or let it end sooner."
         )
 
 

@@ -20,6 +20,7 @@ from vae.errors import VAEError
 from vae.evaluation.likelihood import by_label
 from vae.evaluation.work import no_tick
 from vae.model import VAE
+from vae.precision import widest
 from vae.seeding import generator
 
 SCHEDULE_DELTA = 4.0  # beta_t is a sigmoid between -4 and 4, rescaled to [0, 1], as in the code of Wu et al. 2017
@@ -145,8 +146,8 @@ def anneal(
     last. Run with the temperatures reversed, this is the same chain backwards.
     """
     state = chains_at(vae, x, y, z)
-    log_w = torch.zeros(z.shape[:2], device=z.device, dtype=torch.float64)
-    acceptance = torch.zeros(z.shape[1], device=z.device, dtype=torch.float64)
+    log_w = torch.zeros(z.shape[:2], device=z.device, dtype=widest(z.device))
+    acceptance = torch.zeros(z.shape[1], device=z.device, dtype=widest(z.device))
     betas = betas.tolist()
     for t in range(1, len(betas)):
         log_w += (betas[t] - betas[t - 1]) * state.log_likelihood

@@ -13,6 +13,7 @@ from vae.errors import VAEError
 from vae.evaluation.work import no_tick
 from vae.gaussian import DiagonalGaussian, gaussian_log_prob
 from vae.model import VAE
+from vae.precision import wide
 from vae.priors import StandardNormal
 from vae.seeding import generator
 
@@ -75,7 +76,7 @@ def elbo_decomposition(
     if isinstance(vae.prior, StandardNormal):
         product = log_q_of_each.sum(-1)
         terms |= {f"total_correlation_n{n}": log_q_of_z - product, f"dimension_wise_kl_n{n}": product - log_p}
-    return {name: value.double().mean().item() for name, value in terms.items()}
+    return {name: wide(value).mean().item() for name, value in terms.items()}
 
 
 def aggregate_log_prob(

@@ -17,6 +17,7 @@ from vae.evaluation.ais import half_interval
 from vae.evaluation.work import no_tick
 from vae.gaussian import DiagonalGaussian
 from vae.model import VAE, Posterior
+from vae.precision import wide, widest
 from vae.seeding import generator
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def inference_gaps(
         for found, parameters in ((local, best), (amortised, start)):
             noise = generator(batch.seed, "gaps", i, device=x.device)  # the same for both
             found.append(elbo(vae, x, y, parameters, elbo_samples, noise, max_decodes))
-    return Gaps(log_likelihood.double(), torch.cat(local), torch.cat(amortised))
+    return Gaps(wide(log_likelihood), torch.cat(local), torch.cat(amortised))
 
 
 @torch.enable_grad()
@@ -152,8 +153,8 @@ def elbo(
     """E_q[log p(x, z) - log q(z)] of each image, (B,), float64, at `samples` draws from q given by its parameters."""
     posterior = vae.posterior(parameters)
     step = max(1, min(samples, max_decodes // len(x)))
-    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    total = torch.zeros(len(x), dtype=widest(x.device), device=x.device)
     for start in range(0, samples, step):
         z = posterior.rsample(noise, (min(step, samples - start),))
-        total += (_log_joint(vae, x, y, z) - posterior.log_prob(z)).double().sum(0)
+        total += wide(_log_joint(vae, x, y, z) - posterior.log_prob(z)).sum(0)
     return total / samples

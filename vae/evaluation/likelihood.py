@@ -12,6 +12,7 @@ from torch import Tensor
 from vae.errors import VAEError
 from vae.evaluation.work import no_tick
 from vae.model import VAE, VAEOutput
+from vae.precision import wide
 from vae.seeding import generator
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class ELBOTotals:
 
     def _add(self, **values: Tensor) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.double().sum(0)
+            self.sums[name] = self.sums.get(name, 0) + wide(value).sum(0)
 
     @torch.no_grad()
     def update(self, vae: VAE, batch: Batch) -> VAEOutput:
@@ -46,7 +47,7 @@ class ELBOTotals:
         out = vae(batch.x, generator(batch.seed, "z", device=batch.x.device), batch.y)
         mean = out.posterior.mean
         self.images += len(batch.x)
-        self._add(distortion=out.distortion, rate=out.rate, kl=out.kl, mean=mean, mean_square=mean.double().square())
+        self._add(distortion=out.distortion, rate=out.rate, kl=out.kl, mean=mean, mean_square=wide(mean).square())
         self.pixels = batch.x[0].numel()
         return out
 

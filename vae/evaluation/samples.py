@@ -22,6 +22,7 @@ from vae.errors import VAEError
 from vae.evaluation.work import no_tick
 from vae.files import write_atomically
 from vae.model import VAE
+from vae.precision import wide
 from vae.seeding import derive, generator
 
 FEATURES = 64
@@ -101,7 +102,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     if min(len(a), len(b)) < 2:
         raise VAEError("The Frechet distance needs at least two points on each side.")
-    a, b = a.double(), b.double()
+    a, b = wide(a), wide(b)
     (mean_a, root_a), (mean_b, root_b) = _moments(a), _moments(b)
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
     return ((mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross).item()
@@ -121,7 +122,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = PRECISION_NEIGHBOURS) 
     real_radius, fake_radius = neighbour_distance(real, k), neighbour_distance(fake, k)
     precision = torch.cat([(d <= real_radius).any(1) for d in _distances(fake, real)])
     recall = torch.cat([(d <= fake_radius).any(1) for d in _distances(real, fake)])
-    return precision.double().mean().item(), recall.double().mean().item()
+    return wide(precision).mean().item(), wide(recall).mean().item()
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = COVERAGE_NEIGHBOURS) -> tuple[float, float]:
@@ -135,7 +136,7 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = COVERAGE_NEIGHBOURS) -
     for d in _distances(fake, real):
         inside += (d <= radius).sum().item()
         covered |= (d <= radius).any(0)
-    return inside / (k * len(fake)), covered.double().mean().item()
+    return inside / (k * len(fake)), wide(covered).mean().item()
 
 
 def neighbour_distance(x: Tensor, k: int) -> Tensor:
@@ -204,7 +205,7 @@ class Classifier(nn.Module):
         """Part of the labels that it gets right on the first n images of a split, over all columns."""
         batch = data.examples(split, n)
         right = [
-            (logits.argmax(1) == y).double()
+            wide(logits.argmax(1) == y)
             for x, labels in zip(batch.x.split(1000), _columns(batch).split(1000), strict=True)
             for logits, y in zip(
                 self(x.to(self.heads[0].weight.device)), labels.to(self.heads[0].weight.device).T, strict=True

@@ -16,6 +16,7 @@ from vae.report.runs import DAMAGED, FINISHED, Run, find_run_folders, parse_scal
 
 # Where and how a run was made, not what it is.
 _OPERATIONAL_ROOTS = {"hydra", "paths", "logger", "launcher", "run", "resume", "threads", "progress_bar", "name"}
+_OPERATIONAL_ROOTS |= {"sweep_metric", "sweep_direction"}  # what a sweeper is told
 _OPERATIONAL_LEAF = re.compile(r"(^|_)(dir|dirpath|path|root|folder|file|filename|run_name|num_threads|num_workers)$")
 # Settings under `data` that change the pixels a likelihood is measured on.
 _PIXEL_SETTING = re.compile(r"binar|image_size|resize|resolution|dequant|crop|gr[ae]y")
