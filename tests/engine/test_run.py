@@ -318,8 +318,8 @@ def test_two_processes_do_not_train_the_same_run(tiny, tmp_path):
 @pytest.mark.parametrize(
     "override",
     [
-        "callbacks.checkpoint.filename=../../best",
-        "+callbacks.checkpoint.dirpath=/tmp/elsewhere",
+        "+callbacks.mine={_target_: pytorch_lightning.callbacks.ModelCheckpoint, filename: ../../best}",
+        "+callbacks.mine={_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: /tmp/elsewhere}",
         "logger.version=../..",
     ],
 )
