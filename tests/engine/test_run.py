@@ -273,8 +273,16 @@ def test_two_processes_do_not_train_the_same_run(tiny, tmp_path):
         train(tiny(), tmp_path, [], progress_bar=False)
 
 
-def test_a_config_cannot_make_a_run_write_outside_its_folder(tiny, tmp_path):
-    config = tiny("callbacks=default", "logger.tensorboard.version=../..")
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+callbacks.mine={_target_: pytorch_lightning.callbacks.ModelCheckpoint, filename: ../../best}",
+        "+callbacks.mine={_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: /tmp/elsewhere}",
+        "logger.tensorboard.version=../..",
+    ],
+)
+def test_a_config_cannot_make_a_run_write_outside_its_folder(tiny, tmp_path, override):
+    config = tiny("callbacks=default", override)
     with pytest.raises(VAEError, match="is outside the run's folder"):
         build_trainer(config, tmp_path / "sweep" / "run")
     assert not (tmp_path / "best.ckpt").exists()

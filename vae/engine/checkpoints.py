@@ -102,10 +102,8 @@ def choose_weights(trainer: pl.Trainer, objective: Objective) -> Best:
     where early stopping would compare losses that move, and where nothing keeps the weights.
     """
     found = [callback for callback in trainer.callbacks if isinstance(callback, Best)]
-    if len(found) != 1:
-        raise VAEError(
-            "A run needs one callbacks.checkpoint, a vae.engine.checkpoints.Best: it keeps the weights that are tested."
-        )
+    if not found:
+        raise VAEError("A run needs callbacks.checkpoint, which keeps the weights that are tested and loaded.")
     if objective.loss_moves:
         for callback in trainer.callbacks:
             if getattr(callback, "monitor", None) == "val/loss" and isinstance(callback, pl.callbacks.EarlyStopping):

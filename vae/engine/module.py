@@ -47,6 +47,7 @@ class VAEModule(pl.LightningModule):
         self.progress_bar = False  # of the test's bound, which may be long
         self.logged = False  # anything, by this module or a callback, since the loop last looked
         self.steps = 0  # batches trained on; unlike Lightning's counter, one a batch whatever the optimisers do
+        self._apart: int | None = None  # epochs from one validation to the next, while a resumed run finds its place
         self.validated = 0  # `steps` at the last validation
         self.validation: dict[str, Tensor] = {}  # what it measured
         self.kl_per_dimension: Tensor | None = None  # of the last validation or test
@@ -82,6 +83,13 @@ class VAEModule(pl.LightningModule):
         self.trainer.callback_metrics.update(self.validation)  # early stopping may look before the next validation
         if self.steps:
             take_back(self.trainer.loggers, self.steps)
+
+    def on_train_start(self) -> None:
+        # Where a shorter run ended on a validation of its own, Lightning, seeing none due, would train one batch too many.
+        apart, epoch = self.trainer.check_val_every_n_epoch, self.current_epoch + 1
+        behind = self.validated == self.steps and self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if behind and apart and epoch % apart:
+            self.trainer.check_val_every_n_epoch, self._apart = 1, apart
 
     def on_train_epoch_start(self) -> None:
         self.epoch_means = Means()
@@ -147,6 +155,8 @@ class VAEModule(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._end_part()
+        if self._apart:
+            self.trainer.check_val_every_n_epoch, self._apart = self._apart, None
 
     def refuse_divergence(self) -> None:
         """Raise VAEError if a training loss was not finite."""
