@@ -17,8 +17,8 @@ Where the penalty stands, and what its expected gradient is (w: the importance r
     "loss_k3"     beta k3_t, GRPO's (Shao et al. 2024): on-policy that of the *forward* KL(pi_ref || pi); off-policy of
                   neither.
     "loss_k1_is"  beta w k1_t } the tokens' own KL(pi || pi_ref), on-policy and off; the pasts are those that pi_old drew.
-    "loss_k2_is"  beta w k2_t } k2's w is held constant. k3's has the least variance near pi_ref (DeepSeek-V3.2,
-    "loss_k3_is"  beta w k3_t } Liu et al. 2025).
+    "loss_k2_is"  beta w k2_t } k2's w is held constant. k2's and k3's gradients are then the same for each sample,
+    "loss_k3_is"  beta w k3_t } w k1 grad log pi; k1's has a term of mean 0 more (Liu et al. 2025; DeepSeek-V3.2 has k3's).
     "loss_exact"  beta KL_t, from the whole next-token distributions (`vae.token_kl`): the same without the noise of the
                   token drawn (Amini et al. 2025).
 k1 in the loss without its ratio is refused: on-policy its expected gradient is zero, off-policy that of -KL(pi_old || pi).

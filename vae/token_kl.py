@@ -40,7 +40,7 @@ def token_kl(
     pi_head: Callable[[Tensor], Tensor] | None = None,
     ref_head: Callable[[Tensor], Tensor] | None = None,
     direction: str = "reverse",
-    chunk: int = 128,
+    chunk: int = 64,
 ) -> Tensor:
     """The exact KL of each next-token distribution, (...,), a value and a loss: gradients reach pi and its head.
 

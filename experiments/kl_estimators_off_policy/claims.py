@@ -1,0 +1,176 @@
+"""What the results must show, from them alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+from experiments.kl_estimators_off_policy.exact import key
+from vae.experiment import Claim, Table, spread
+
+ROUNDING = 1e-12
+ONE_TOKEN = {  # unbiased on-policy and off
+    "value": ["w k1, w of a token", "w k3, w of a token"],
+    "reward": ["k1 of pi, w of a token"],
+    "loss": ["w k1, w of a token", "w k2, w of a token, held", "w k3, w of a token", "exact next-token KL"],
+}
+WHOLE = {
+    "value": ["w k1, w of the prefix", "w k3, w of the prefix", "exact next-token KLs, w of the past"],
+    "reward": ["k1 of pi, w of the answer", "k1 of pi to go, w of the answer"],
+    "loss": ["w k1, w of the prefix", "w k3, w of the prefix", "exact next-token KL, w of the past"],
+}
+BIASED = {"k2": "loss_k2", "k3": "loss_k3"}  # in the loss, as they are without a ratio
+CORRECTED = "loss_k3_is, prefix"
+
+
+def bias(results: dict[str, Any], world: str, place: str, name: str) -> list[float]:
+    return results["exact"]["worlds"][world]["of"][key(place, name)]["bias"]
+
+
+def sd(results: dict[str, Any], world: str, place: str, name: str) -> list[float]:
+    return results["exact"]["worlds"][world]["of"][key(place, name)]["sd"]
+
+
+def tuned(results: dict[str, Any], penalty: str, what: str) -> list[float]:
+    """Of each seed."""
+    return [of_seed[what] for of_seed in results["tuned"][penalty]]
+
+
+def claims(results: dict[str, Any]) -> list[Claim]:
+    return [*exact_claims(results), *tuning_claims(results)]
+
+
+def exact_claims(results: dict[str, Any]) -> list[Claim]:
+    made = []
+    for world, names in (("one token", ONE_TOKEN), ("sequences", WHOLE)):
+        worst = max(max(bias(results, world, place, name)) for place in names for name in names[place])
+        made.append(
+            Claim(
+                f"{world}: {sum(map(len, names.values()))} estimators with their ratios are unbiased at every distance",
+                worst < ROUNDING,
+                f"largest bias {worst:.0e}",
+                "below 1e-12 of the exact KL or gradient",
+            )
+        )
+    for name in BIASED:
+        along = bias(results, "one token", "loss", name)
+        made.append(
+            Claim(
+                f"one token: without its ratio the bias of {name} in the loss grows with the distance",
+                all(a < b for a, b in pairwise(along)) and along[-1] > 0.2,
+                f"{along[0]:.2f} on-policy to {along[-1]:.2f}",
+                "grows at each step, to more than 0.2",
+            )
+        )
+    on_policy = {name: bias(results, "one token", "loss", name)[0] for name in ("k1", "k2", "k3")}
+    made.append(
+        Claim(
+            "one token, on-policy: k2 in the loss is exact, k3 is not, k1 has no gradient",
+            on_policy["k2"] < ROUNDING and on_policy["k3"] > 0.1 and abs(on_policy["k1"] - 1) < ROUNDING,
+            ", ".join(f"{name} {value:.2f}" for name, value in on_policy.items()),
+            "0, more than 0.1, 1",
+        )
+    )
+    token_wise = [bias(results, "sequences", "loss", name)[0] for name in ONE_TOKEN["loss"]]
+    made.append(
+        Claim(
+            "sequences, on-policy: what follows a token is a share of the gradient that token-wise losses lack, all the same",
+            min(token_wise) > 0.1 and max(token_wise) - min(token_wise) < ROUNDING,
+            f"{min(token_wise):.3f} of the gradient",
+            "more than 0.1, equal to rounding",
+        )
+    )
+    sampler = bias(results, "sequences", "reward", "k1 of the sampler, w of the answer")
+    made.append(
+        Claim(
+            "sequences: k1 of the sampler in the reward is exact on-policy and misses more and more of the gradient off it",
+            sampler[0] < ROUNDING and all(a < b for a, b in pairwise(sampler)),
+            f"0 to {sampler[-1]:.2f}",
+            "grows at each step",
+        )
+    )
+    pairs = [
+        ("value", "exact next-token KLs, w of the past", "w k1, w of the prefix"),
+        ("loss", "exact next-token KL, w of the past", "w k1, w of the prefix"),
+        ("loss", "exact next-token KL, w of the past", "w k3, w of the prefix"),
+    ]
+    ratios = [
+        a / b
+        for place, ours, theirs in pairs
+        for a, b in zip(sd(results, "sequences", place, ours), sd(results, "sequences", place, theirs), strict=True)
+    ]
+    made.append(
+        Claim(
+            "sequences: the exact next-token KL (Rao-Blackwell) varies less than tokens drawn, as value and as loss",
+            max(ratios) < 1,
+            f"{min(ratios):.2f} to {max(ratios):.2f} of their deviation",
+            "below 1 at every distance",
+        )
+    )
+    held, k3 = (sd(results, "one token", "loss", name) for name in ("w k2, w of a token, held", "w k3, w of a token"))
+    made.append(
+        Claim(
+            "one token: w k2, its ratio held, and w k3 have one and the same gradient",
+            max(abs(a / b - 1) for a, b in zip(held, k3, strict=True)) < ROUNDING,
+            f"deviations equal to {max(abs(a / b - 1) for a, b in zip(held, k3, strict=True)):.0e}",
+            "equal to rounding",
+        )
+    )
+    return made
+
+
+def tuning_claims(results: dict[str, Any]) -> list[Claim]:
+    target = fmean(tuned(results, "loss_exact, prefix", "kl"))
+    off = {penalty: fmean(tuned(results, penalty, "kl")) / target - 1 for penalty in results["tuned"]}
+    made = [
+        Claim(
+            f"tuned with {results['reuse']} steps a batch: w k3 of the prefix ends at the KL of the exact penalty",
+            abs(off[CORRECTED]) < 0.1,
+            f"{spread(tuned(results, CORRECTED, 'kl'))} nats, the exact {spread(tuned(results, 'loss_exact, prefix', 'kl'))}",
+            "within 10%",
+        )
+    ]
+    for name, penalty in BIASED.items():
+        drift = [
+            a / b - 1
+            for a, b in zip(tuned(results, penalty, "kl"), tuned(results, "loss_exact, prefix", "kl"), strict=True)
+        ]
+        made.append(
+            Claim(
+                f"tuned likewise: {name} without its ratio drifts beyond it in every seed",
+                all(d > 0.1 for d in drift),
+                f"{spread(tuned(results, penalty, 'kl'))} nats: {', '.join(f'{d:+.0%}' for d in drift)}",
+                "more than 10% above",
+            )
+        )
+        lower = [
+            a - b
+            for a, b in zip(tuned(results, CORRECTED, "objective"), tuned(results, penalty, "objective"), strict=True)
+        ]
+        made.append(
+            Claim(
+                f"and reaches less of reward - beta KL than w k3 of the prefix does ({name})",
+                all(d > 0 for d in lower),
+                ", ".join(f"{d:+.3f}" for d in lower),
+                "less in every seed",
+            )
+        )
+    return made
+
+
+def table(results: dict[str, Any]) -> Table:
+    rows = []
+    for penalty, of_seeds in results["tuned"].items():
+        steps = 1 if penalty == "target" else results["reuse"]
+        name = "loss_exact, prefix" if penalty == "target" else penalty
+        cells = [spread(of_seed[what] for of_seed in of_seeds) for what in ("reward", "kl")]
+        rows.append((name, str(steps), *cells, spread((of_seed["objective"] for of_seed in of_seeds), 3)))
+    heads = (
+        "penalty",
+        "steps a batch",
+        "reward",
+        "KL(pi || pi_ref), nats an answer",
+        f"reward - {results['beta']:g} KL",
+    )
+    return Table(heads, rows, "A character model tuned for a reward, mean ± sd over seeds")

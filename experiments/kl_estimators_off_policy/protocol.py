@@ -1,0 +1,91 @@
+"""What is measured: the exact part, and a character model tuned with one penalty or another."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from experiments.kl_estimators_off_policy.enumeration import World
+from experiments.kl_estimators_off_policy.exact import WORLDS, along_the_path
+from experiments.kl_estimators_off_policy.tuning import tuned
+from experiments.rlhf_reward_hacking.experiment import train_classifier, train_language_model
+from vae.experiment import Context
+
+# Seed 0 served the pilots and is not among the seeds. `policies` seeds the enumerated ones.
+SHARED = {
+    "distances": [0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5],
+    "policies": [1, 2, 3],
+    "split": 0,
+    "classifier": {"snippets": 300, "epochs": 40, "batch": 50, "lr": 3e-3, "dropout": 0.2},
+    "prompt": 16,
+    "group": 8,
+    "batch": 64,
+    "lr": 2.5e-3,
+    "beta": 0.05,
+    "clip": 0.2,
+    "reuse": 8,
+    "evaluated": 512,
+    "target": "loss_exact, prefix",
+}
+SETTINGS = {
+    "quick": {
+        **SHARED,
+        "width": 64,
+        "pretraining": {"steps": 400, "batch": 32, "length": 32, "lr": 8e-3, "dropout": 0.1},
+        "answer": 32,
+        "steps": 96,
+        "seeds": [1, 2, 3],
+        "penalties": ["loss_k2", "loss_k3", "loss_k3_is, prefix", "loss_exact, prefix"],
+    },
+    "full": {
+        **SHARED,
+        "width": 96,
+        "pretraining": {"steps": 600, "batch": 32, "length": 32, "lr": 8e-3, "dropout": 0.1},
+        "answer": 48,
+        "steps": 160,
+        "seeds": [1, 2, 3],
+        "penalties": [
+            "loss_k2",
+            "loss_k3",
+            "reward",
+            "reward_is",
+            "loss_k3_is",
+            "loss_k3_is, prefix",
+            "loss_exact",
+            "loss_exact, prefix",
+        ],
+    },
+}
+
+
+def measure(context: Context) -> dict[str, Any]:
+    settings, folder, seeds = context.settings, context.folder, context.settings["seeds"]
+    first = {
+        f"exact,{world}": partial(along_the_path, world, settings["distances"], settings["policies"])
+        for world in WORLDS
+    }
+    first = {name.replace(" ", "_"): piece for name, piece in first.items()}
+    first["reference"] = partial(train_language_model, settings, "reference", folder)
+    first |= {f"classifier,seed={seed}": partial(train_classifier, settings, seed, folder) for seed in seeds}
+    found = context.cached_many(first)
+
+    # the target: on fresh samples at every step, the exact penalty
+    runs = {("target", seed): partial(tuned, settings, settings["target"], 1, seed, folder) for seed in seeds}
+    for penalty in settings["penalties"]:
+        runs |= {(penalty, seed): partial(tuned, settings, penalty, settings["reuse"], seed, folder) for seed in seeds}
+    names = {key: f"{key[0].replace(', ', '+')},seed={key[1]}" for key in runs}
+    policies = context.cached_many({names[key]: run for key, run in runs.items()})
+    return {
+        "exact": {
+            "distances": settings["distances"],
+            "seeds": settings["policies"],
+            "answers": len(World.of(*WORLDS["sequences"]).tokens),
+            "worlds": {world: found[f"exact,{world}".replace(" ", "_")] for world in WORLDS},
+        },
+        "beta": settings["beta"],
+        "reuse": settings["reuse"],
+        "tuned": {
+            penalty: [policies[names[penalty, seed]] for seed in seeds]
+            for penalty in ("target", *settings["penalties"])
+        },
+    }
