@@ -41,7 +41,7 @@ class Images:
     shape: tuple[int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.x = _images(self.x)
+        self.x = pixels_of(self.x)
         self.y = None if self.y is None else labels_of(self.y, len(self.x))
         self.shape = tuple(self.x.shape[1:])
 
@@ -99,8 +99,9 @@ class Batch(NamedTuple):
 # --- what is taken for images and labels ------------------------------------------------------------------------------
 
 
-def _images(x: Any) -> Tensor:
-    x = _tensor(x, "Images")
+def pixels_of(x: Any) -> Tensor:
+    """Images as uint8, or as float32, (N, C, H, W). Raises VAEError, saying what to do, for what is none."""
+    x = tensor_of(x, "Images")
     if x.ndim == 3:
         x = x.unsqueeze(1)
     if x.ndim != 4 or 0 in x.shape[1:]:
@@ -122,7 +123,7 @@ def _images(x: Any) -> Tensor:
 
 def labels_of(y: Any, images: int) -> Tensor:
     """Labels of so many images as int64, (N,) or (N, F). Raises VAEError where they are none."""
-    y = _tensor(y, "Labels")
+    y = tensor_of(y, "Labels")
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim == 0 or len(y) != images:
@@ -134,7 +135,8 @@ def labels_of(y: Any, images: int) -> Tensor:
     return y.long()
 
 
-def _tensor(values: Any, what: str) -> Tensor:
+def tensor_of(values: Any, what: str) -> Tensor:
+    """A tensor on the memory of an array, if it can be. Raises VAEError for what holds no numbers."""
     if isinstance(values, Tensor):
         return values.detach()
     try:
@@ -217,8 +219,9 @@ def _checked_floats(split: ImageSet, name: str) -> bool:
 
 
 def _as_uint8(split: ImageSet) -> ImageSet:
-    """A split of floats 0 and 1 that is held in memory as 0 and 255: the same images in a quarter of it."""
-    return Images((split.x * 255).to(torch.uint8), split.y) if isinstance(split, Images) else split
+    """A split of floats 0 and 1 as 0 and 255 in memory: the same images in a quarter of it."""
+    parts = [(split.gather(index)[0] * 255).to(torch.uint8) for index in torch.arange(len(split)).split(1000)]
+    return Images(torch.cat(parts), getattr(split, "y", None))
 
 
 def _with_classes(splits: Splits) -> Splits:
@@ -228,10 +231,10 @@ def _with_classes(splits: Splits) -> Splits:
             raise VAEError(
                 f"The {name} split has a label {int(y.min())}: labels count from 0, and -1 is for none known."
             )
-    if all(isinstance(split, Images | Rows) and _is_one_hot(split.y) for split in splits):
+    if all(isinstance(split, Images | Rows) and is_one_hot(split.y) for split in splits):
         return Splits(*(replace(split, y=split.y.argmax(1)) for split in splits))
     return splits
 
 
-def _is_one_hot(y: Tensor | None) -> bool:
+def is_one_hot(y: Tensor | None) -> bool:
     return y is not None and y.ndim == 2 and bool(((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all())

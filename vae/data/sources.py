@@ -65,21 +65,22 @@ def digits(root: Root | None = None, val_size: int = 200, test_size: int = 300, 
     data = load_digits()
     x = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     y = torch.from_numpy(data.target).long()
-    return Splits(*(Images(x, y).subset(part) for part in stratified(y, val_size, test_size, seed)))
+    train, test, val = stratified(y, [test_size, val_size], seed)
+    return Splits(*(Images(x, y).subset(part) for part in (train, val, test)))
 
 
-def stratified(y: Tensor, val_size: int, test_size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices (train, val, test), each ascending, in which every class has its share to within an image or two."""
-    _check_sizes(len(y), val_size, test_size)
+def stratified(y: Tensor, held_out: Sequence[int], seed: int) -> list[Tensor]:
+    """Indices of what is left and of parts of these sizes held out, each ascending, in which every class of y (N,) has
+    its share to within an image or two."""
+    _check_sizes(len(y), *held_out)
     noise = generator(seed, "split")
     place = torch.empty(len(y), dtype=torch.double)
     for label in y.unique():
         members = (y == label).nonzero().squeeze(1)
         # the members of a class, shuffled, at even distances in (0, 1): any stretch of it takes each class's share
         place[members] = (torch.randperm(len(members), generator=noise).double() + 0.5) / len(members)
-    order = place.argsort(stable=True)
-    test, val, train = order.split([test_size, val_size, len(y) - val_size - test_size])
-    return train.sort().values, val.sort().values, test.sort().values
+    *parts, rest = place.argsort(stable=True).split([*held_out, len(y) - sum(held_out)])
+    return [part.sort().values for part in (rest, *parts)]
 
 
 def hold_out(data: Images, val_size: int, seed: int) -> tuple[Images, Images]:
