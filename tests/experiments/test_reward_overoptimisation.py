@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,3 +75,43 @@ def test_pictures_survive_being_written_as_text():
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     back = latents.unpacked(json.loads(json.dumps(latents.packed(images))))
     assert np.array_equal(back, (images * 255).round().to(torch.uint8).numpy())
+
+
+@pytest.fixture
+def committed():
+    from experiments.reward_overoptimisation import experiment
+
+    path = Path(experiment.__file__).parent / "results" / "full" / "results.json"
+    return experiment, json.loads(path.read_text())["results"]
+
+
+def verdict(experiment, results, words):
+    (claim,) = [claim for claim in experiment.claims(results) if words in claim.name]
+    return claim.holds
+
+
+def test_a_proxy_that_falls_at_one_step_is_no_rise(committed):
+    experiment, results = committed
+    words = "the proxy rises with KL at every step of beta"
+    assert verdict(experiment, results, words)
+    rewards = results["latents"]["proxies"][0]["rl"]["proxy"]
+    rewards[-1] = rewards[-2] - 0.01
+    assert not verdict(experiment, results, words)
+
+
+def test_a_gold_that_rises_to_the_end_or_falls_from_the_start_has_no_peak(committed):
+    experiment, results = committed
+    images = results["latents"]["proxies"][0]["images"]
+    words = f"the gold of a proxy of {images} images peaks, then falls"
+    assert verdict(experiment, results, words)
+    for order in (sorted, lambda values: sorted(values, reverse=True)):
+        for proxy in results["latents"]["proxies"]:
+            proxy["rl"]["gold"] = order(proxy["rl"]["gold"])
+        assert not verdict(experiment, results, words)
+
+
+def test_the_part_that_is_lost_counts_from_the_peak_down():
+    from experiments.reward_overoptimisation import experiment
+
+    assert experiment.fall({"gold": [2.0, 5.0, 4.0], "gold_0": 1.0}, "gold") == (1, 0.25)
+    assert experiment.fall({"gold": [2.0, 4.0, 5.0], "gold_0": 1.0}, "gold") == (2, 0.0)
