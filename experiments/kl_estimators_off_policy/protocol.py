@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from experiments.rlhf_reward_hacking.experiment import train_classifier, train_language_model
+
 from experiments.kl_estimators_off_policy.enumeration import World
 from experiments.kl_estimators_off_policy.exact import WORLDS, along_the_path
 from experiments.kl_estimators_off_policy.tuning import tuned
-from experiments.rlhf_reward_hacking.experiment import train_classifier, train_language_model
 from vae.experiment import Context
 
 # Seed 0 served the pilots and is not among the seeds. `policies` seeds the enumerated ones.

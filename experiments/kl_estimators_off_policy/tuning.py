@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.rlhf_reward_hacking.experiment import load, of_drawn
 from torch import Tensor, nn
 
-from experiments.rlhf_reward_hacking.experiment import load, of_drawn
 from experiments.rlhf_reward_hacking.language import Classifier, Corpus, LanguageModel, corpus, windows
 from vae.kl import k1, kl_categorical
 from vae.policy import PPOClip

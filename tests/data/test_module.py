@@ -86,6 +86,17 @@ def test_training_images_are_measured_on_the_draw_that_static_binarisation_would
     assert set(drawn.splits_ready().train.x.unique().tolist()) == {100}  # what training draws from is still grey
 
 
+def test_labels_that_training_does_not_see_are_there_to_measure_with():
+    def source():
+        return Splits(*(Images(grey(n).x, torch.arange(n) % 5) for n in (40, 20, 20)))
+
+    for binarize in ("none", "dynamic"):
+        data = ImageDataModule(source, batch_size=8, binarize=binarize, labelled=10)
+        assert (data.splits_ready().train.y >= 0).sum() == 10
+        assert data.examples("train", 40).y.tolist() == [i % 5 for i in range(40)]
+        assert set(torch.cat([batch.y for batch in data.train_dataloader()]).tolist()) == {-1, 0, 1, 2, 3, 4}
+
+
 def test_threshold_is_at_one_half():
     data = module(binarize="threshold")
     assert data.scale(torch.tensor([127, 128], dtype=torch.uint8)).tolist() == [0.0, 1.0]

@@ -380,6 +380,13 @@ def test_chens_mig_equals_quadrature():
     assert score["mig_chen/samples"] == pytest.approx(exact, abs=0.01)
 
 
+def test_chens_mig_is_relative_to_the_entropy_of_the_factor_as_it_is_spread_here():
+    factors = (np.arange(100) < 10).astype(np.int64)[:, None]  # one in ten: an entropy of 0.325 nats, not of log 2
+    codes = np.column_stack([factors[:, 0], np.zeros(100)]).astype(np.float64)
+    narrow = Codes(codes, factors, (2,), np.full((100, 2), 2 * np.log(0.01)))
+    assert only(mig_chen(narrow, 0, num_samples=1000)) == pytest.approx(1, abs=1e-6)
+
+
 def test_chens_mig_of_posteriors_that_are_all_the_prior_is_zero():
     factors = grid(SMALL)
     codes = Codes(np.zeros((60, 2)), factors, SMALL, np.zeros((60, 2)))
@@ -497,6 +504,14 @@ def test_factor_vae_of_one_latent_names_one_factor_of_three():
     scores = factor_vae(alone, 0, num_train_votes=50, num_eval_votes=3000)
     assert scores["factor_vae/means"] == pytest.approx(1 / 3, abs=0.03)
     assert scores["factor_vae/means_active_dims"] == 1
+
+
+def test_factor_vae_compares_variances_relative_to_those_of_all_points():
+    factors, rng = grid((5, 5)), np.random.default_rng(0)
+    noisy = standardised(np.tile(factors, (40, 1))) + 0.3 * rng.standard_normal((1000, 2))
+    scaled = Codes(noisy * [0.1, 10.0], np.tile(factors, (40, 1)), (5, 5))
+    scores = factor_vae(scaled, 0, num_train_votes=200, num_eval_votes=200)
+    assert scores["factor_vae/means"] == 1  # the first latent's own variance is always the smallest
 
 
 def test_factor_vae_prunes_flat_latents_and_counts_the_rest():

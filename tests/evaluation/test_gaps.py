@@ -18,6 +18,14 @@ def test_gaps_are_zero_at_the_exact_posterior():
     torch.testing.assert_close(gaps.amortisation, torch.zeros(10).double(), rtol=0, atol=1e-5)
 
 
+def test_both_elbos_meet_the_same_noise_so_that_no_search_is_no_gap():
+    exact = LinearGaussian()
+    batch, vae = exact.batch(10), exact.vae(shift=0.4, stretch=1.5)
+    gaps = inference_gaps(vae, batch, exact.log_prob(batch.x), steps=1, learning_rate=0.0, elbo_samples=2)
+    assert torch.equal(gaps.elbo_local, gaps.elbo_amortised)  # of two draws, whose noise is nats
+    assert gaps.elbo_local.std() > 0.5
+
+
 def test_what_a_wrong_encoder_loses_is_amortisation_and_equals_its_kl():
     exact = LinearGaussian()
     batch, vae = exact.batch(40), exact.vae(shift=0.4, stretch=1.5)

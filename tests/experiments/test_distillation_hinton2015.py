@@ -59,6 +59,19 @@ def test_repair_finds_the_bias_that_was_taken_away():
     assert found["bias"] == pytest.approx(5.0, abs=1.1)
 
 
+def test_the_bias_is_chosen_on_the_validation_split_whatever_the_test_split_would_choose():
+    y = torch.arange(10).repeat(50)
+    logits = torch.rand(500, 10, generator=generator(0, "logits"))
+    logits[torch.arange(500), y] += 2.0
+    of_val, of_test = logits.clone(), logits.clone()
+    of_val[:, 3] -= 5.0
+    of_test[:, 3] += 5.0
+    found = protocol.repair(of_val, y, of_test, y, [3])
+    assert found["bias"] == pytest.approx(5.0, abs=1.1)
+    assert found["repaired"] >= 450  # everything is now a 3
+    assert protocol.repair(of_test, y, of_val, y, [3])["bias"] == pytest.approx(-5.0, abs=1.1)
+
+
 def test_a_net_learns_and_begins_alike_from_the_same_seed():
     x = torch.randint(0, 256, (200, 784), dtype=torch.uint8, generator=generator(0, "x"))
     y = (x[:, :392].float().mean(1) > x[:, 392:].float().mean(1)).long()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from experiments.reward_overoptimisation import latents, toys
+from experiments.reward_overoptimisation import claims, latents, toys
 from vae.kl import kl_categorical
 
 TOY = toys.GaussianToy(a=1.0, b=0.2, dim=4)
@@ -67,3 +69,39 @@ def test_tilting_a_pool_weighs_it_by_the_exponential_of_the_proxy():
     found = latents.tilted(pool, beta=1.0)
     assert found["kl"] == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
     assert found["proxy"] == pytest.approx(0.75 * math.log(3), rel=1e-6)
+
+
+@pytest.fixture
+def committed():
+    path = Path(claims.__file__).parent / "results" / "full" / "results.json"
+    return json.loads(path.read_text())["results"]
+
+
+def verdict(results, words):
+    (claim,) = [claim for claim in claims.claims(results) if words in claim.name]
+    return claim.holds
+
+
+def test_a_proxy_that_falls_at_one_step_is_no_rise(committed):
+    results = committed
+    words = "the proxy rises with KL at every step of beta"
+    assert verdict(results, words)
+    rewards = results["latents"]["proxies"][0]["rl"]["proxy"]
+    rewards[-1] = rewards[-2] - 0.01
+    assert not verdict(results, words)
+
+
+def test_a_gold_that_rises_to_the_end_or_falls_from_the_start_has_no_peak(committed):
+    results = committed
+    images = results["latents"]["proxies"][0]["images"]
+    words = f"the gold of a proxy of {images} images peaks, then falls"
+    assert verdict(results, words)
+    for order in (sorted, lambda values: sorted(values, reverse=True)):
+        for proxy in results["latents"]["proxies"]:
+            proxy["rl"]["gold"] = order(proxy["rl"]["gold"])
+        assert not verdict(results, words)
+
+
+def test_the_part_that_is_lost_counts_from_the_peak_down():
+    assert claims.fall({"gold": [2.0, 5.0, 4.0], "gold_0": 1.0}, "gold") == (1, 0.25)
+    assert claims.fall({"gold": [2.0, 4.0, 5.0], "gold_0": 1.0}, "gold") == (2, 0.0)

@@ -76,6 +76,9 @@ def test_a_rise_within_two_percent_or_two_standard_errors_is_a_tie():
     rises, ties, worst = claims.steps_up([[10.0], [10.1], [0.0]])
     assert (rises, ties) == (0, 1) and worst == pytest.approx(0.01)
     assert claims.steps_up([[10.0], [10.3], [0.0]])[:2] == (1, 0)
+    # what should fall and only rises, and the same the other way round
+    assert claims.steps_up([[0.0], [4.0], [10.0]]) == (2, 0, pytest.approx(0.6))
+    assert claims.steps_up([[10.0], [4.0], [0.0]]) == (0, 0, 0.0)
     # up by 1, 0 and 5: 2 on average, standard error 1.53
     assert claims.steps_up([[10.0, 10.0, 10.0], [11.0, 10.0, 15.0], [0.0, 0.0, 0.0]])[:2] == (0, 1)
     assert claims.steps_up([[10.0, 10.0, 10.0], [12.0, 11.9, 12.2], [0.0, 0.0, 0.0]])[:2] == (1, 0)

@@ -9,7 +9,9 @@ from torch import nn
 
 from vae.data.images import Batch
 from vae.engine.build import build
+from vae.engine.module import VAEModule
 from vae.errors import VAEError
+from vae.evaluation.ais import nll_ais
 from vae.networks import Decoder
 from vae.objectives.elbo import BetaVAE
 from vae.objectives.labels import CVAE, M2
@@ -42,7 +44,7 @@ class LabelledDecoder(Decoder):
 class UnknownKL(Prior):
     def __init__(self, prior):
         super().__init__()
-        self.latent_dim, self.log_prob = prior.latent_dim, prior.log_prob
+        self.latent_dim, self.log_prob, self.sample = prior.latent_dim, prior.log_prob, prior.sample
 
 
 def exact_mixture():
@@ -120,9 +122,63 @@ def test_in_validation_every_image_counts_both_with_and_without_its_label():
     terms = run(m2().eval(), labels)
     joint = log_joint(batch(labels).x)
     elbo = 0.75 * joint.logsumexp(-1).mean() + 0.25 * joint[range(4), labels].mean()
-    torch.testing.assert_close(terms["elbo"], elbo, rtol=0, atol=1e-6)
+    loss = 0.1 * F.cross_entropy(joint, torch.tensor(labels)) - elbo
+    torch.testing.assert_close(terms["loss"], loss, rtol=0, atol=1e-6)
     right = (joint.argmax(-1) == torch.tensor(labels)).double().mean()
     torch.testing.assert_close(terms["accuracy"], right)
+
+
+def measured(objective, labels):
+    """What validation and test report of a model with the exact posteriors, by the module."""
+    vae = exact_mixture()
+    vae.latent_label = objective.latent_label
+    module = VAEModule(vae, objective, torch.optim.Adam, nll_samples=3).eval()
+    module.on_validation_epoch_start()
+    module._measure(batch(labels))
+    return {**module._measured(), **module.mean_nll(batch(labels))}
+
+
+def test_m2_is_measured_by_p_of_x_with_the_labels_summed_out_and_by_p_of_x_given_y_under_its_own_name():
+    labels = [0, 2, 1, 1, 0]
+    joint, found = log_joint(batch(labels).x), measured(m2(), labels)
+    log_p, given = joint.logsumexp(-1).mean().item(), joint[range(5), labels].mean().item() + math.log(CLASSES)
+    assert abs(given - log_p) > 0.1
+    for name, value in {
+        "elbo": log_p,
+        "nll_iw3": -log_p,
+        "elbo_given_label": given,
+        "nll_iw3_given_label": -given,
+    }.items():
+        assert float(found[name]) == pytest.approx(value, abs=1e-6), name
+    for given in ("", "_given_label"):
+        assert float(found[f"elbo{given}"]) == pytest.approx(
+            -float(found[f"rate{given}"] + found[f"distortion{given}"])
+        )
+        bits = -float(found[f"elbo{given}"]) / 12 / math.log(2)
+        assert float(found[f"bits_per_dim{given}"]) == pytest.approx(bits)
+
+
+def test_of_a_cvae_every_number_is_of_p_of_x_given_y_and_has_the_plain_name():
+    labels = [0, 2, 1, 1, 0]
+    given = log_joint(batch(labels).x)[range(5), labels].mean().item() + math.log(CLASSES)
+    found = measured(CVAE(), labels)
+    assert found["elbo"] == pytest.approx(given, abs=1e-6)
+    assert found["nll_iw3"].item() == pytest.approx(-given, abs=1e-6)
+    assert not [name for name in found if "given" in name]
+
+
+@pytest.mark.parametrize("latent", [True, False])
+def test_ais_sums_the_labels_out_where_the_model_does(latent):
+    labels = [0, 2, 1]
+    vae = exact_mixture()
+    vae.latent_label = latent
+    joint = log_joint(batch(labels).x)
+    given = -joint[range(3), labels].mean().item() - math.log(CLASSES)
+    expected = {"nll_ais100": -joint.logsumexp(-1).mean().item(), "nll_ais100_given_label": given}
+    found = nll_ais(vae, batch(labels), temperatures=100, chains=16, leapfrogs=2)
+    for name, value in (expected if latent else {"nll_ais100": given}).items():
+        assert found[name] == pytest.approx(value, abs=0.15)
+    assert len(found) == (4 if latent else 2)
 
 
 def test_a_wrong_classifier_loosens_the_bound_by_its_divergence_from_the_posterior_of_y():
@@ -154,6 +210,16 @@ def test_labelled_images_join_every_training_batch(tiny):
 def test_labels_that_are_missing_or_not_are_told_in_one_sentence(tiny, overrides):
     with pytest.raises(VAEError, match="label"):
         build(tiny(*overrides))
+
+
+@pytest.mark.parametrize("objective", ["cvae", "m2"])
+def test_an_image_without_a_label_is_refused_before_training_where_numbers_would_need_it(tiny, objective):
+    labelled = ["+data.labelled=20"] if objective == "m2" else []
+    data, module = build(tiny(f"objective={objective}", *labelled))
+    module.objective.prepare(module.vae, data)
+    data.splits.val.y[3] = -1
+    with pytest.raises(VAEError, match="every image of the val split needs one from 0 to 9"):
+        module.objective.prepare(module.vae, data)
 
 
 # --- CVAE -------------------------------------------------------------------------------------------------------------
