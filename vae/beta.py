@@ -31,7 +31,8 @@ class Schedule(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether it is a controller, whose weight follows from what it observed."""
+        """Whether it is a controller, whose weight follows from what it observed: it ends on nothing that losses of two epochs
+        could be compared at."""
         return type(self).observe is not Schedule.observe
 
     def _hold(self, **numbers: float) -> None:
