@@ -165,7 +165,7 @@ def test_each_measure_is_kept_as_soon_as_it_is_there_and_an_interruption_says_wh
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(MEASURES, "ais", interrupted)
+    monkeypatch.setitem(MEASURES, "ais", functools.wraps(MEASURES["ais"])(interrupted))
     with pytest.raises(
         VAEError, match=r"Interrupted while measuring ais: what was measured before is in .*evaluation-test"
     ):
