@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from vae.experiment import Table, surroundings
+from vae.claims import Table
+from vae.experiment import surroundings
 from vae.files import write_json, write_text
 from vae.token_kl import token_kl
 

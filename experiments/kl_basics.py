@@ -294,7 +294,8 @@ def page_of_estimators(generator: torch.Generator) -> Panel:
     losses.add_row("grad KL(pi||pi_ref), reverse", _vector(gradients["reverse"]))
     losses.add_row("grad KL(pi_ref||pi), forward", _vector(gradients["forward"]))
     note = Markdown(
-        "Log k3 near the reference and k1 far from it. Put k1 in the **reward** or k2 in the **loss**, never k1 in the loss."
+        "Log k3 near the reference and k1 far from it. Put k1 in the **reward** or k2 in the **loss**, never k1 in the loss "
+        "as it is. Once the samples are not the present policy's, k2 and k3 need their importance ratio (docs/which_kl.md)."
     )
     return Panel(Group(table, "", losses, "", note), title="3  Schulman's estimators, as values and as losses")
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import itertools
 import json
-import math
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
-from vae.claims import Table, spread
+from vae.cli import CONFIGS
 from vae.errors import VAEError
 from vae.experiment import Context
-from vae.experiment_figures import pack_images, unpack_images
-from vae.reproduce import Experiment, main, markdown, names
+from vae.reproduce import Experiment, first_source, main, markdown, names
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 NUMBERS = itertools.count()
@@ -47,7 +44,7 @@ def measure(context):
     return {{"sum": first["value"] + second["value"], "pair": first["pair"]}}
 '''
 CLAIMS = """
-from vae.experiment import Claim, Table, within
+from vae.claims import Claim, Table, within
 
 def claims(results):
     return [Claim.of("sum", str(results["sum"]), "{1:g}", within(results["sum"], 0, 3)),
@@ -222,6 +219,28 @@ def test_the_list_tells_the_last_verdicts_and_cost(fake, capsys):
     assert "2 of 2, " in row and "Nobody 2026, On sums" in row
 
 
+def test_the_list_fits_a_terminal_of_80_columns_and_cuts_no_name(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--list"], CHECKOUT) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines[2:]] == names(CHECKOUT)  # a line each
+
+
+def test_a_list_names_the_first_author_and_year_of_what_is_rerun():
+    assert first_source("Hinton, Vinyals & Dean 2015, section 3") == "Hinton 2015"
+    assert first_source("Bishop 2006, figures 10.2; Minka 2005") == "Bishop 2006"
+    assert first_source("Alemi et al. 2018, Fixing a broken ELBO; Burgess et al. 2018") == "Alemi 2018"
+    assert first_source("No one paper's table; as in Hoffman & Johnson 2016") == "Hoffman 2016"
+
+
+def test_no_config_of_a_quick_form_is_without_effect():
+    for path in sorted(Path(CONFIGS, "experiment").glob("*_quick.yaml")):
+        with initialize_config_dir(CONFIGS, version_base="1.3"):
+            full, quick = (compose("train", [f"experiment={n}"]) for n in (path.stem.removesuffix("_quick"), path.stem))
+        assert quick != full, f"{path.name} changes nothing"
+
+
 def test_all_experiments_have_their_turn_though_one_cannot_be_run(fake, capsys):
     experiment, diary, checkout = fake
     write(
@@ -305,16 +324,6 @@ def test_a_run_of_an_experiment_is_of_one_config_from_its_start(tmp_path):
     assert "test/nll_iw4" in metrics("one", *longer, "evaluation.nll_samples=4")
 
 
-def test_pieces_measured_side_by_side_are_those_of_one_after_another(tmp_path):
-    measures = {f"root-{n}": functools.partial(math.sqrt, n) for n in (9, 4)}
-    alone = Context(quick=True, folder=tmp_path / "alone", jobs=1).cached_many(measures)
-    said: list[str] = []
-    context = Context(quick=True, folder=tmp_path / "two", jobs=2, say=said.append)
-    assert list(context.cached_many(measures).items()) == list(alone.items()) == [("root-9", 3.0), ("root-4", 2.0)]
-    assert context.cached_many(measures) == {name: context.cached(name, pytest.fail) for name in measures} == alone
-    assert len(said) == 2
-
-
 def test_away_from_a_checkout_a_sentence_says_where_experiments_are(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["linear_vae_ppca"], tmp_path)
@@ -328,23 +337,6 @@ def test_an_unknown_name_is_answered_with_the_known_ones(fake):
     experiment, _, checkout = fake
     with pytest.raises(VAEError, match=f"choose from {experiment.name}"):
         Experiment("unknown", checkout)
-
-
-def test_spread_is_mean_and_sample_deviation():
-    assert spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
-    assert spread([2.5]) == "2.50"
-
-
-def test_images_come_back_from_text_to_half_a_grey_level():
-    images = np.linspace(0, 1, 2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    back = unpack_images(json.loads(json.dumps(pack_images(images))))
-    assert back.shape == images.shape
-    assert np.abs(back - images).max() <= 0.5 / 255 + 1e-12
-
-
-def test_a_table_with_a_short_row_is_refused():
-    with pytest.raises(VAEError, match="needs 2 cells"):
-        Table(("a", "b"), [("1",)])
 
 
 def test_listing_does_not_wait_for_torch(fake):

@@ -23,7 +23,8 @@ from vae.errors import VAEError
 class Schedule(nn.Module):
     """step -> 0-dim multiplier, where step math.inf asks for what it ends on. Controllers also learn by `observe`."""
 
-    #: Whether it is a controller, whose weight follows from what it observed.
+    #: Whether it is a controller, whose weight follows from what it observed: it ends on nothing that the validation losses
+    #: of two epochs could be compared at.
     learns: bool = False
 
     def forward(self, step: float) -> Tensor:

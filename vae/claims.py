@@ -118,7 +118,9 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=self.title or None, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+        table = RichTable(
+            title=self.title or None, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left"
+        )
         for number, column in enumerate(self.columns):
             table.add_column(
                 Text(column), justify="right" if number and self.numbers else "left", no_wrap=self.fixed > number

@@ -14,8 +14,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from vae.errors import VAEError
@@ -71,6 +69,9 @@ def resuming(resume: bool | str) -> bool | str:
 
 def quote_run() -> None:
     """Let `run=FOLDER` on this process's command line be any folder: Hydra reads `=`, `,` and brackets otherwise."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import, and not for the report
+    from hydra.errors import HydraException
+
     parser = OverridesParser.create()
     for place, word in enumerate(sys.argv[1:], 1):
         if not word.startswith("run="):

@@ -205,7 +205,8 @@ def logged(folder: Path, *keys: str) -> dict[str, list[float]]:
 
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
-        found = {key: {event.step: event.value for event in events.Scalars(key)} for key in keys}
+        has = events.Tags()["scalars"]
+        found = {key: {e.step: e.value for e in events.Scalars(key)} if key in has else {} for key in keys}
     steps = sorted(set.intersection(*map(set, found.values())))
     return {"step": steps, **{key: [found[key][step] for step in steps] for key in keys}}
 

@@ -291,8 +291,8 @@ def k1(*, log_pi: Tensor, log_ref: Tensor) -> Tensor:
 
     Value: unbiased, of high variance, negative on every x that pi finds less likely than pi_ref does.
     In the reward (detached): the right place. E[k1 grad log pi] = grad KL(pi || pi_ref).
-    As a loss, samples held fixed: useless. E[grad k1] = E[grad log pi] = 0, no signal, only noise.
-    Schulman 2020, "Approximating KL divergence".
+    As a loss, samples held fixed: useless. E[grad k1] = E[grad log pi] = 0, no signal, only noise. With its importance
+    ratio it is exact: `vae.importance.ratio_k1`. Schulman 2020, "Approximating KL divergence".
     """
     return at_least_float32(log_pi) - at_least_float32(log_ref)
 
@@ -303,7 +303,7 @@ def k2(*, log_pi: Tensor, log_ref: Tensor) -> Tensor:
     Value: never negative; its bias is of third order in the distance between pi and pi_ref.
     As a loss, samples held fixed and drawn from the present pi: the one to use.
     E[grad k2] = E[k1 grad log pi] = grad KL(pi || pi_ref), the reverse direction, exact in spite of the biased value.
-    Schulman 2020.
+    Of samples that another policy drew, biased: `vae.importance.ratio_k2`. Schulman 2020.
     """
     return 0.5 * k1(log_pi=log_pi, log_ref=log_ref).square()
 
@@ -315,7 +315,8 @@ def k3(*, log_pi: Tensor, log_ref: Tensor) -> Tensor:
     tail: one token that pi has all but ruled out can be the whole mean, and the variance may be infinite.
     As a loss, samples held fixed and drawn from the present pi: E[grad k3] = E[(1 - r) grad log pi]
     = grad KL(pi_ref || pi), the *forward*, mass-covering direction; the two directions agree to first order in the
-    distance. This is the penalty of GRPO (Shao et al. 2024). Schulman 2020.
+    distance. This is the penalty of GRPO (Shao et al. 2024). With its importance ratio it is exact for the reverse
+    direction, on-policy and off: `vae.importance.ratio_k3`. Schulman 2020.
     """
     log_r = -k1(log_pi=log_pi, log_ref=log_ref)
     return torch.expm1(log_r) - log_r

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.kl_estimators_off_policy.exact import key
-from vae.experiment import Claim, Table, spread
+from vae.claims import Claim, Table, spread
 
 ROUNDING = 1e-12
 ONE_TOKEN = {  # unbiased on-policy and off

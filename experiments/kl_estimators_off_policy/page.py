@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.kl_estimators_off_policy.estimators import ESTIMATORS
 from experiments.kl_estimators_off_policy.exact import WORLDS, key
-from vae.experiment import Table
+from vae.claims import Table
 from vae.files import write_text
 
 CHECKOUT = Path(__file__).resolve().parents[2]

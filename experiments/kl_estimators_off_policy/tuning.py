@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -42,18 +43,22 @@ def tune(
     settings: dict[str, Any],
     reuse: int,
     noise: torch.Generator,
-) -> None:
-    """settings["steps"] steps of Adam, `reuse` on each batch of fresh answers, the learning rate falling to zero."""
+) -> list[float]:
+    """settings["steps"] steps of Adam, `reuse` on each batch of fresh answers. Returns the exact KL to the reference of the
+    policy that drew each batch, on its answers."""
+    kl_of_batches = []
     optimizer = torch.optim.Adam(policy.parameters(), settings["lr"], betas=(0.9, 0.95), fused=True)
     prompts_a_batch = settings["batch"] // settings["group"]
     for step in range(settings["steps"]):
-        optimizer.param_groups[0]["lr"] = settings["lr"] * min(1, (step + 1) / 10) * (1 - step / settings["steps"])
+        optimizer.param_groups[0]["lr"] = settings["lr"] * min(1, (step + 1) / 10)
         if step % reuse == 0:
             prompts = windows(text, settings["prompt"], prompts_a_batch, noise)
             answers = policy.generate(prompts, settings["answer"], settings["group"], noise)
             with torch.no_grad():
                 reward, log_ref = classifier(answers), reference.log_probs(prompts, answers)
-                log_old = of_drawn(policy.log_probs(prompts, answers), answers)
+                old = policy.log_probs(prompts, answers)
+                log_old = of_drawn(old, answers)
+                kl_of_batches.append(kl_categorical(p_log_probs=old, q_log_probs=log_ref).sum(-1).mean().item())
         log_pi = policy.log_probs(prompts, answers)
         terms = objective(
             rewards=reward,
@@ -68,6 +73,7 @@ def tune(
         terms["loss"].backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
+    return kl_of_batches
 
 
 @torch.no_grad()
@@ -95,5 +101,8 @@ def tuned(settings: dict[str, Any], penalty: str, reuse: int, seed: int, folder:
     classifier = load(Classifier(characters, any_noise), folder / f"classifier,seed={seed}.pt")
     policy = copy.deepcopy(reference).requires_grad_(True)
     own, half = objective(settings, penalty), text.encode(text.reference)
-    tune(policy, reference, classifier, own, half, settings, reuse, generator(seed, "tuning"))
-    return evaluated(policy, reference, classifier, text, settings)
+    trace = tune(policy, reference, classifier, own, half, settings, reuse, generator(seed, "tuning"))
+    points = settings["steps"] // settings["reuse"]  # as many for every reuse: means of what lies between
+    each = len(trace) // points
+    trace = [float(f"{fmean(trace[i * each : (i + 1) * each]):.4g}") for i in range(points)]
+    return {**evaluated(policy, reference, classifier, text, settings), "trace": trace}

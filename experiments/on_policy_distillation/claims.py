@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from vae.experiment import Claim, Table, spread
+from vae.claims import Claim, Table, spread
 
 DIVERGENCES = ("forward", "jensen_shannon", "reverse")
 WHOLE = "own, reverse of whole answers"  # the only one that is not token by token

@@ -43,7 +43,7 @@ def steps_up(by_beta: list[list[float]], tolerance: float = TIE, errors: float =
     is below `tolerance` of the range (the first less the last), or below two standard errors of the paired differences
     over the seeds where there are three or more.
     """
-    spanned = fmean(by_beta[0]) - fmean(by_beta[-1])
+    spanned = abs(fmean(by_beta[0]) - fmean(by_beta[-1]))
     rises = ties = 0
     worst = 0.0
     for smaller, larger in pairwise(by_beta):

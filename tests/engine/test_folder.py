@@ -37,7 +37,7 @@ def test_what_kept_the_best_weights_and_the_rows_is_what_keeps_them_today(tmp_pa
     (tmp_path / "config.yaml").write_text(STORED)
     stored, now = read_config(tmp_path), tiny("logger=csv")
     assert stored.callbacks.checkpoint == now.callbacks.checkpoint
-    assert stored.logger == now.logger
+    assert stored.logger == now.logger.csv
     assert stored.callbacks.every_ten._target_ == "pytorch_lightning.callbacks.ModelCheckpoint"
 
 

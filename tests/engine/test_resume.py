@@ -348,15 +348,14 @@ def test_a_run_never_starts_from_what_lightning_left_in_its_folder(slurm, tiny, 
     "options", [["objective=cvae"], ["prior=vampprior", "prior.pseudo_inputs=5"], ["objective=m2", "data.labelled=10"]]
 )
 def test_a_model_loads_and_samples_where_its_data_are_not(options, tiny, tmp_path, monkeypatch):
-    from vae.engine.run import evaluate, load
-    from vae.seeding import generator
+    import vae
+    from vae.engine.run import evaluate
 
     trained(tiny(*options), tmp_path)
 
     def drawn():
-        _, data, module = load(tmp_path)
-        y = torch.arange(6) if module.vae.num_classes else None
-        return data, module.vae.sample(6, generator("some"), y)
+        run = vae.load(tmp_path)
+        return run, run.sample(6, y=range(6) if run.vae.num_classes else None)
 
     here = drawn()[1]
 
@@ -364,9 +363,9 @@ def test_a_model_loads_and_samples_where_its_data_are_not(options, tiny, tmp_pat
         raise VAEError("There are no digits here.")
 
     monkeypatch.setattr("vae.data.sources.digits", absent)
-    data, there = drawn()
+    run, there = drawn()
     assert torch.equal(here, there)
-    for use in (lambda: data.examples("val", 1), lambda: evaluate(tmp_path)):
+    for use in (lambda: run.data, lambda: evaluate(tmp_path)):
         with pytest.raises(VAEError, match="There are no digits here"):
             use()
 

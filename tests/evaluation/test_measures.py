@@ -59,7 +59,10 @@ def test_every_measure_of_every_kind_of_model_is_right_or_refused_in_a_sentence(
     vae, given = module.vae, "_given_label" * name.startswith("m2")
 
     def measured(measure, **options):
-        return MEASURES[measure](vae, data, split, Work(measure), **options)
+        work = Work(measure)
+        values = MEASURES[measure](vae, data, split, work, **options)
+        assert work.done == work.total or measure == "samples"  # whose classifier may be kept from before
+        return values
 
     found = {}
     for part in run._likelihood(config, data, module, split):
@@ -121,16 +124,17 @@ def test_disentanglement_needs_factors_and_a_diagonal_gaussian(tiny, kind):
     grid = ["data=sprites", "data.source.size=32", "data.source.subset={orientation: 2, x: 4, y: 4}"]
     data, module = build(tiny(*grid, f"posterior={kind}"))
 
-    def measured():
-        work, chosen = Work("disentanglement"), ["mig", "sap"]
-        return measures.disentanglement(module.vae, data, "test", work, images=300, metrics=chosen)
+    def measured(*chosen):
+        return measures.disentanglement(module.vae, data, "test", Work("scores"), images=3000, metrics=list(chosen))
 
     if kind == "iaf":
         with pytest.raises(VAEError, match="posterior=diagonal"):
-            measured()
+            measured("mig")
     else:
-        scores = measured()
+        scores = measured("mig", "sap")
         assert 0 <= scores["mig/means_20bins"] < scores["mig/means_20bins/ceiling"]
+        with pytest.raises(VAEError, match=r"metrics=\['gim'\] is unknown: choose from beta_vae"):
+            measured("mig", "gim")
 
 
 # --- the command's part -------------------------------------------------------------------------------------------------
@@ -161,7 +165,7 @@ def test_each_measure_is_kept_as_soon_as_it_is_there_and_an_interruption_says_wh
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(MEASURES, "ais", interrupted)
+    monkeypatch.setitem(MEASURES, "ais", functools.wraps(MEASURES["ais"])(interrupted))
     with pytest.raises(
         VAEError, match=r"Interrupted while measuring ais: what was measured before is in .*evaluation-test"
     ):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.kl_directions import experiment
+from experiments.kl_directions import claims, protocol
 
-COMMITTED = Path(experiment.__file__).parent / "results" / "full" / "results.json"
+COMMITTED = Path(claims.__file__).parent / "results" / "full" / "results.json"
 
 
 def missed(results: dict) -> set[str]:
-    return {claim.name for claim in experiment.claims(results) if not claim.holds}
+    return {claim.name for claim in claims.claims(results) if not claim.holds}
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def results():
 def test_a_loss_is_judged_by_the_optimum_of_its_own_direction(results, name, own, other):
     claim = f"{name} as a loss descends to an optimum of the {own} KL"
     before = missed(results)
-    for mean, sd, _ in experiment.MIXTURES["near"][own]:
+    for mean, sd, _ in protocol.MIXTURES["near"][own]:
         results["as_loss"][name]["end"] = [[mean, sd]]
         assert missed(results) == before - {claim}
-    for mean, sd, _ in experiment.MIXTURES["near"][other]:
+    for mean, sd, _ in protocol.MIXTURES["near"][other]:
         results["as_loss"][name]["end"] = [[mean, sd]]
         assert missed(results) == before | {claim}
 
@@ -44,7 +44,7 @@ def test_a_gradient_is_judged_by_that_of_its_own_direction(results, name, own, o
 
 
 def test_fits_of_the_two_directions_swapped_are_misses(results):
-    for name in experiment.MIXTURES:
+    for name in protocol.MIXTURES:
         found = copy.deepcopy(results)
         fits = found["fits"]
         forward, reverse = f"{name}, forward", f"{name}, reverse"

@@ -216,10 +216,10 @@ def test_labels_that_are_missing_or_not_are_told_in_one_sentence(tiny, overrides
 def test_an_image_without_a_label_is_refused_before_training_where_numbers_would_need_it(tiny, objective):
     labelled = ["+data.labelled=20"] if objective == "m2" else []
     data, module = build(tiny(f"objective={objective}", *labelled))
-    module.objective.prepare(module.vae, data)
+    module.objective.setup(module.vae, data)
     data.splits.val.y[3] = -1
     with pytest.raises(VAEError, match="every image of the val split needs one from 0 to 9"):
-        module.objective.prepare(module.vae, data)
+        module.objective.setup(module.vae, data)
 
 
 # --- CVAE -------------------------------------------------------------------------------------------------------------

@@ -135,27 +135,32 @@ class Interruptible(pl.callbacks.Checkpoint):
         self._before, self._stopped = state_dict["seconds"], state_dict.get("stopped", False)
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        trainer.should_stop = self._stopped
+        if self._stopped:
+            trainer.should_stop = True
 
-    def _save_if_due(self, trainer: pl.Trainer, module: pl.LightningModule, ending: bool = False) -> None:
-        due = self.every_n_steps is not None and module.steps % self.every_n_steps == 0
-        due = due or (self.every_n_seconds is not None and time.monotonic() - self._saved >= self.every_n_seconds)
-        if due or ending:
-            module.refuse_divergence()
-            # What stopped a run has no state that says so. A time that is up does not count: a run may be given more of it.
-            timed = any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)
-            self._stopped = trainer.should_stop and not timed
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
-            self._saved = time.monotonic()
+    def _is_due(self, module: pl.LightningModule) -> bool:
+        if self.every_n_steps is not None and module.steps % self.every_n_steps == 0:
+            return True
+        return self.every_n_seconds is not None and time.monotonic() - self._saved >= self.every_n_seconds
+
+    def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        module.refuse_divergence()
+        # What stopped a run has no state that says so. A time that is up does not count: a run may be given more of it.
+        timed = any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)
+        self._stopped = trainer.should_stop and not timed
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        self._saved = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not is_ending(trainer):
-            self._save_if_due(trainer, module)  # after those two validation follows at once
+        # after an epoch's last batch, or the run's, validation follows at once
+        before_validation = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if self._is_due(module) and not before_validation and not is_ending(trainer):
+            self._save(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save_if_due(trainer, module, ending=is_ending(trainer))
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and (self._is_due(module) or is_ending(trainer)):
+            self._save(trainer, module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.should_stop:  # early stopping decides this late
-            self._save_if_due(trainer, module, ending=True)
+            self._save(trainer, module)

@@ -245,7 +245,7 @@ def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -
         raise VAEError(f"measures={unknown} is unknown: choose from {', '.join(known)}.")
     _check_split(split)
     for name in names:
-        check_options(name, options.get(name, {}))
+        check_options(name, options.get(name) or {})
     run, path = load(folder, **changes), folder / f"evaluation-{split}.json"
     results: dict[str, float] = {}
     refused = []
@@ -274,5 +274,5 @@ def _measured(
         return
     require_labels(module.vae, data, split)
     with Work(name, show) as work:
-        found = MEASURES[name](module.vae, data, split, work, **options.get(name, {}))
+        found = MEASURES[name](module.vae, data, split, work, **(options.get(name) or {}))
     yield {f"{split}/{name}/{key}": value for key, value in found.items()}

@@ -19,7 +19,7 @@ from vae.data.storage import cache_folder
 from vae.errors import VAEError
 from vae.evaluation.ais import bdmc, log_likelihood_ais, nll_ais, ticks
 from vae.evaluation.decomposition import elbo_decomposition, rows_at_a_time
-from vae.evaluation.disentanglement import Codes, evaluate, floor_and_ceiling
+from vae.evaluation.disentanglement import METRICS, Codes, evaluate, floor_and_ceiling
 from vae.evaluation.gaps import LOCAL_STEPS, inference_gaps
 from vae.evaluation.samples import CLASSIFIER_STEPS, sample_quality
 from vae.evaluation.work import Work
@@ -106,7 +106,9 @@ def disentanglement(
         raise VAEError(
             "measures=disentanglement needs a run on data whose generative factors are known: data=sprites or data=dsprites."
         )
-    metrics = list(metrics or DISENTANGLEMENT)
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics or DISENTANGLEMENT)
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise VAEError(f"disentanglement.metrics={unknown} is unknown: choose from {', '.join(METRICS)}.")
     index = torch.arange(len(grid))
     if len(grid) > images:
         index = torch.randperm(len(grid), generator=generator("disentanglement", images))[:images]
