@@ -1,4 +1,4 @@
-# Thin names for commands that also work without make; each is shown in the README.
+# Aliases for commands that also work without make.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
@@ -8,7 +8,7 @@ QUICK ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep train evaluate report reproduce reproduce-list bench bench-peers tensorboard test test-all test-lowest lint types clean
+.PHONY: help setup sweep train evaluate report reproduce reproduce-list bench bench-peers tensorboard test test-all test-lowest lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -32,7 +32,7 @@ evaluate: setup  ## measure a finished run again; RUN=folder
 report: setup  ## write a sweep's report; RUN=folder
 	$(BIN)/python -m vae.report '$(RUN)'
 
-reproduce: setup  ## rerun a paper's experiment, with a verdict a claim; EXPERIMENT=name (or all) [QUICK=1] [JOBS=2]
+reproduce: setup  ## rerun a paper's experiment, with a verdict per claim; EXPERIMENT=name (or all) [QUICK=1] [JOBS=2]
 	$(BIN)/python -m vae.reproduce $(EXPERIMENT) $(if $(QUICK),--quick) --jobs $(JOBS) $(ARGS)
 
 reproduce-list: setup  ## all experiments, with their last verdicts and cost
@@ -65,6 +65,11 @@ lint: setup  ## ruff: format and lint
 
 types: setup  ## mypy over vae/
 	$(BIN)/mypy
+
+docs: setup  ## the pages of docs/ with the API as one site, build/site; dead links fail
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## remove the environment and caches; runs/ and data/ stay
 	rm -rf .venv .venv-lowest .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -29,7 +29,7 @@ class Nets(NamedTuple):
 
 
 class PixelBias(nn.Module):
-    """One bias a pixel, as the project's convolutional decoder has it."""
+    """One bias per pixel, as the project's convolutional decoder has it."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def loss_of(
     noise: tuple[torch.Generator | None, torch.Generator | None],
     beta: float,
 ) -> Tensor:
-    """The negative beta-ELBO of uint8 images (B, C, H, W), in nats an image; dynamic: pixels are drawn afresh."""
+    """The negative beta-ELBO of uint8 images (B, C, H, W), in nats per image; dynamic: pixels are drawn afresh."""
     x = images.float() / 255
     if dynamic:
         x = (torch.rand(x.shape, generator=noise[0], device=x.device) < x).float()

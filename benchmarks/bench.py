@@ -564,7 +564,7 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
             ]
             for name, row in peers.items()
         ]
-        heads = ["", "seconds an epoch of 55,000", "bare loop, ms a step", "ms a step", "ratio"]
+        heads = ["", "seconds per epoch of 55,000", "bare loop, ms a step", "ms a step", "ratio"]
         yield "784-400-20 on MNIST, batch 128", heads, rows
     if sweep := results.get("sweep"):
         rows = [

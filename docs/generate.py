@@ -60,7 +60,9 @@ def options(node: dict) -> str:
     """An option's own settings with their defaults, as they are typed."""
     hidden = {"_target_", "_partial_", "defaults", "source", "schedule"}
     flat = {**{f"source.{k}": v for k, v in (node.get("source") or {}).items()}, **node}
-    shown = [f"`{k}={json.dumps(v) if v is not None else 'null'}`" for k, v in flat.items() if k.split(".")[-1] not in hidden]
+    shown = [
+        f"`{k}={json.dumps(v) if v is not None else 'null'}`" for k, v in flat.items() if k.split(".")[-1] not in hidden
+    ]
     return ", ".join(shown).replace('"', "").replace("|", "\\|")
 
 
@@ -76,9 +78,8 @@ def reference() -> str:
         for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
             node = yaml.safe_load(path.read_text()) or {}
             made = target(node)
-            what = [text for text in (first_sentence(made), comment(path)) if text]
-            what = what or ([f"`{made}`"] if made else ["nothing to set"])
-            cell = ". ".join(dict.fromkeys(what)).replace("|", "\\|")
+            what = comment(path) or first_sentence(made) or (f"`{made}`" if made else "nothing to set")
+            cell = (what[0].upper() + what[1:]).replace("|", "\\|")
             lines.append(f"| `{path.stem}` | {cell} | {options(node)} |")
     return "\n".join(lines) + "\n"
 
@@ -126,8 +127,8 @@ def speed() -> str:
     """The benchmarks' own tables, as they were last written."""
     lines = [MADE, "# Speed\n"]
     lines.append(
-        "Every figure is a ratio measured in one run, against a bare PyTorch loop or against a peer that does the same arithmetic; "
-        "both begin with the same weights and noise, and their epochs take turns in one process. `make bench` and "
+        "Every figure is a ratio measured in one run, against a bare PyTorch loop or a peer that does the same "
+        "arithmetic; both begin with the same weights and noise, and their epochs take turns in one process. `make bench` and "
         "`make bench-peers` measure again.\n"
     )
     for name in ("bench", "peers"):

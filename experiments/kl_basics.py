@@ -37,7 +37,7 @@ from vae.kl import gaussian_kl_to_standard_normal
 warm_up = Linear(steps=200)
 
 def vae_loss(x, mean, log_var, reconstruction, step, beta=1.0):
-    """x (B, pixels), mean and log_var (B, D) of q(z|x); nats an image, but for the Gaussian's constant."""
+    """x (B, pixels), mean and log_var (B, D) of q(z|x); nats per image, but for the Gaussian's constant."""
     distortion = 0.5 * (x - reconstruction).square().sum(-1)
     rate = gaussian_kl_to_standard_normal(mean, log_var).sum(-1)
     return (distortion + beta * warm_up(step) * rate).mean()

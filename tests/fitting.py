@@ -10,7 +10,7 @@ from vae.seeding import generator
 
 
 def fit(vae: VAE, batch: Batch, steps: int, lr: float) -> list[float]:
-    """Minimise the negative ELBO of `batch` with Adam; the ELBO at each step, in nats an image."""
+    """Minimise the negative ELBO of `batch` with Adam; the ELBO at each step, in nats per image."""
     elbos = []
     optimizer = torch.optim.Adam(vae.parameters(), lr=lr)
     for step in range(steps):

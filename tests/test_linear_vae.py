@@ -19,7 +19,7 @@ from vae.seeding import generator
 
 
 def ppca(x, latent_dim):
-    """Maximum log-likelihood, its rate and its sigma^2, in nats an image; x (N, n)."""
+    """Maximum log-likelihood, its rate and its sigma^2, in nats per image; x (N, n)."""
     eigenvalues = torch.linalg.eigvalsh(torch.cov(x.T.double(), correction=0)).flip(0)
     sigma2 = eigenvalues[latent_dim:].mean()
     n = x.shape[1]

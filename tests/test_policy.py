@@ -547,7 +547,7 @@ def test_a_penalty_of_weight_0_is_0_where_its_ratio_overflows(options):
 
 
 def test_a_ratio_that_overflows_is_told_in_a_sentence_and_k2_takes_it():
-    with pytest.raises(VAEError, match="119 nats a token away"):
+    with pytest.raises(VAEError, match="119 nats per token away"):
         GRPO(group_size=4)(**one_token(-120.0, -1.0))
     loss = GRPO(group_size=4, penalty="loss_k2", beta=1.0)(**one_token(-120.0, -1.0))["loss"]
     assert loss.item() == pytest.approx(119**2 / 2)

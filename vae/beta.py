@@ -5,7 +5,7 @@ beta the number that people sweep (leave it at 1 beside a controller, whose outp
 that grows with time is the same thing: that of Burgess et al. 2018 is `C * Linear(steps)(step)`.
 
 A controller ignores the step and learns from what was observed: `schedule.observe(rate=..., distortion=...)` once an
-optimiser step, with detached batch means in nats. The same classes serve the VAE (rate = KL(q(z|x) || p(z)) an image)
+optimiser step, with detached batch means in nats. The same classes serve the VAE (rate = KL(q(z|x) || p(z)) per image)
 and the policy (rate = KL(pi || pi_ref) a sequence). Constants and state alike are buffers, so that a checkpoint holds
 all of a schedule and a stack of runs is a stack of state; no number leaves the device.
 """
@@ -127,7 +127,7 @@ class Cyclical(Schedule):
 
 
 class GECO(Schedule):
-    """The weight at which the distortion settles at `target` nats an image (Rezende & Viola 2018, algorithm 1).
+    """The weight at which the distortion settles at `target` nats per image (Rezende & Viola 2018, algorithm 1).
 
     They minimise KL + lambda (D - target), with lambda <- lambda exp(eta C) and C the moving average of D - target.
     Divided by lambda that is D + weight KL with weight = 1 / lambda, so that here, in log-space,

@@ -166,7 +166,7 @@ def mean_and_error(values: Iterable[float]) -> dict[str, float]:
 
 
 class Gain(NamedTuple):
-    """How much lower one model's NLL is than another's, in nats an image: the mean, its standard error over paired images,
+    """How much lower one model's NLL is than another's, in nats per image: the mean, its standard error over paired images,
     and the mean of each seed."""
 
     mean: float

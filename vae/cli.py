@@ -1,4 +1,4 @@
-"""What the entry points share: where configs lie, how folders are named, how a failure is told. Imports no torch."""
+"""What the entry points share: where configs lie, how folders are named, how a failure is reported. Imports no torch."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def command(module: str, **options: object) -> str:
 
 
 def command_line() -> str:
-    """What this process was started with; in a worker process, what its parent was, if that has called this too."""
+    """This process's command line; in a joblib worker, the parent's, if the parent called this first."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is None:
         words = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
@@ -106,7 +106,7 @@ def command_line() -> str:
 
 @contextlib.contextmanager
 def sentences() -> Iterator[None]:
-    """Tell a VAEError as its one sentence and exit with code 1, and Ctrl-C as what it is with 130, as shells have it;
+    """Print a VAEError as its one sentence and exit with code 1, and Ctrl-C as what it is with 130, as shells have it;
     anything else is a defect and keeps its traceback."""
     try:
         yield

@@ -1,5 +1,5 @@
-"""The one exception that carries a sentence for the person at the keyboard."""
+"""The exception for user errors; entry points print its message and exit with 1."""
 
 
 class VAEError(Exception):
-    """Something the user can act on, told in one sentence; entry points print it and exit with code 1."""
+    """Something the user can act on, stated in one sentence."""

@@ -228,7 +228,7 @@ class InverseAutoregressiveFlow(PosteriorFamily):
 class AffineCoupling(nn.Module):
     """z'_i = z_i exp(s_i) + t_i for one half of the dimensions, s and t functions of the other half, which is kept.
 
-    Dinh et al. 2017 (RealNVP), equations 4 to 8: s = scale * tanh(net), with a learned scale a dimension. The last
+    Dinh et al. 2017 (RealNVP), equations 4 to 8: s = scale * tanh(net), with a learned scale per dimension. The last
     layer starts at zero, so that the step starts as the identity. Every second dimension is kept, the even ones or,
     with `odd`, the others.
     """

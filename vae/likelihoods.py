@@ -28,7 +28,7 @@ class Likelihood(nn.Module):
     discrete: bool = False  # True: log_prob is a log-mass, never above 0; False: a log-density on pixels in [0, 1]
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        """log p(x|params) in nats an image: params (..., P, C, H, W), x (..., C, H, W) -> (...); in float32 at least.
+        """log p(x|params) in nats per image: params (..., P, C, H, W), x (..., C, H, W) -> (...); in float32 at least.
 
         Raises VAEError where the decoder's output does not fit the likelihood or the image.
         """
@@ -53,7 +53,7 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def sample(self, params: Tensor, generator: torch.Generator) -> Tensor:
-        """One draw of x an image: (..., P, C, H, W) -> (..., C, H, W)."""
+        """One draw of x per image: (..., P, C, H, W) -> (..., C, H, W)."""
         raise NotImplementedError
 
     def bias_for_mean(self, mean: Tensor) -> Tensor:

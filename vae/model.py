@@ -92,7 +92,7 @@ class VAEOutput(Halves):
 
     @cached_property
     def rate(self) -> Tensor:
-        """KL(q(z|x) || p(z)) an image, in nats."""
+        """KL(q(z|x) || p(z)) per image, in nats."""
         return self.kl.sum(-1)
 
 

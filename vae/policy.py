@@ -275,7 +275,7 @@ class PolicyObjective(nn.Module):
         weights: (B, L), of `importance_weights`, where the tokens were drawn by something else again (another engine, a
         temperature, top-p): they multiply the whole loss. token_kl: for penalty "loss_exact", (B, L).
         Raises VAEError for shapes that do not fit, numbers on the mask that are not finite, and a loss that is not:
-        exp(log-ratio) overflows from 88 nats a token, in float32. "kl_k3", which is only looked at, may be infinite.
+        exp(log-ratio) overflows from 88 nats per token, in float32. "kl_k3", which is only looked at, may be infinite.
         """
         if not (log_pi.shape == log_ref.shape == mask.shape) or rewards.shape != log_pi.shape[:1]:
             raise VAEError("A policy batch needs log_pi, log_ref and mask of one shape (B, L), and B rewards.")
@@ -302,7 +302,7 @@ class PolicyObjective(nn.Module):
         if not loss.isfinite():
             furthest = max((log_pi - other).detach().abs().max().item() for other in (log_old, log_ref))
             raise VAEError(
-                f"The loss is not finite: pi is {furthest:.0f} nats a token away from pi_old or pi_ref, and the ratio "
+                f"The loss is not finite: pi is {furthest:.0f} nats per token away from pi_old or pi_ref, and the ratio "
                 "overflows. A penalty of k2 or in the reward takes no exponential; a larger beta keeps pi nearer."
             )
 
@@ -357,7 +357,7 @@ class Reinforce(PolicyObjective):
 
 
 class PPOClip(PolicyObjective):
-    """The clipped surrogate (Schulman et al. 2017) on the advantage of whole sequences, several steps a batch.
+    """The clipped surrogate (Schulman et al. 2017) on the advantage of whole sequences, several steps per batch.
 
     clip: how far the ratio to the policy that drew the sample may pay; clip_high: upwards, where that differs (DAPO).
     ratio: whose ratio is clipped, a name in RATIOS; one of whole answers stands at each of their tokens, and wants the
@@ -386,9 +386,7 @@ class PPOClip(PolicyObjective):
         super().__init__(beta, schedule, penalty, baseline, group_size, aggregation, penalty_ratio)
         clip_high = clip if clip_high is None else clip_high
         if not (0 < clip < 1 and clip_high > 0):
-            raise VAEError(
-                f"The ratio is clipped to (1 - {clip}, 1 + {clip_high}), which must hold 1 and no negatives."
-            )
+            raise VAEError(f"Need 0 < clip < 1 and clip_high > 0, got clip={clip}, clip_high={clip_high}.")
         if ratio not in RATIOS:
             raise VAEError(f"There is no ratio {ratio!r}: choose among {', '.join(RATIOS)}.")
         self.ratio = ratio

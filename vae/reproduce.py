@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None, checkout: Path = Path()) -> int
 
 
 def _held(experiment: Experiment, form: str, jobs: int, again: bool, console: Console) -> bool:
-    """Whether all claims hold. An experiment that cannot be run is told in a sentence, and the next has its turn with
+    """Whether all claims hold. An experiment that cannot be run is reported in a sentence, and the next has its turn with
     the threads that this one began with."""
     import torch
 

@@ -35,7 +35,7 @@ def main(config: DictConfig) -> float | list[float] | None:
             loss = best_loss(train(config, folder, overrides, resume))
         log.info(f"Finished: best validation loss {loss:.4f} nats. Run folder: {folder}")
         return None
-    # One failed run must not end a sweep: it is recorded in its folder, and the report and the exit code tell.
+    # One failed run must not end a sweep: it is recorded in its folder, and the report and the exit code show it.
     try:
         constant = hydra_config.job.config.override_dirname.exclude_keys
         overrides = [override for override in overrides if override.partition("=")[0] not in constant]

@@ -70,7 +70,7 @@ def folder(
     if not root.is_dir():
         raise VAEError(f"data.source.path={path} is not a folder.")
     files = list_files(root, pattern)
-    layout(root, files, labels)  # what is wrong with it is better told before everything is decoded
+    layout(root, files, labels)  # report what is wrong with it before everything is decoded
     store = expanded(cache) if cache else cache_folder()
     decoded = decode_once(root, files, options, pattern, store, skip=on_error == "skip")
     if decoded.failed:
@@ -341,7 +341,7 @@ def _settled(root: Path, files: Sequence[File], options: Options, pool: ThreadPo
                     turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
                     size = (image.width, image.height) if turned else (image.height, image.width)
                     seen.append((files[row], size, 1 if image.mode in GREY_MODES else 3))
-            except Exception:  # told when it is decoded
+            except Exception:  # reported when it is decoded
                 continue
         return seen
 

@@ -133,7 +133,7 @@ class ImageDataModule(pl.LightningDataModule):
     `static` (one Bernoulli draw per image, fixed by `split_seed`) or `dynamic` (a fresh draw each training batch; whatever
     is measured, training images too, has one seeded draw, so that every run is measured on the same pixels). seed: of the
     training order and draws. limit: keep only the first so many images of each split. labelled: train with the labels of
-    so many training images, equally many a class, and -1 for the others; what is measured has them all. Raises VAEError for
+    so many training images, equally many per class, and -1 for the others; what is measured has them all. Raises VAEError for
     an option that makes no sense, a batch larger than the split, and images that `accepted` refuses.
     """
 
@@ -354,7 +354,7 @@ def binarized_once(split: ImageSet, seed: int) -> Images:
 
 
 def partly_labelled(split: ImageSet, labelled: int, classes: int, seed: int) -> ImageSet:
-    """The split with the labels of `labelled` images, equally many a class, and -1 for the others.
+    """The split with the labels of `labelled` images, equally many per class, and -1 for the others.
 
     Warns where a class has fewer. Raises VAEError if the labels cannot be shared equally.
     """

@@ -95,7 +95,7 @@ class Best(pl.callbacks.Checkpoint):
 
 
 def choose_weights(trainer: pl.Trainer, objective: Objective) -> Best:
-    """What keeps a run's best weights, told the one rule by which they are chosen.
+    """What keeps a run's best weights, given the one rule by which they are chosen.
 
     They are those with the best validation loss where that is of one objective throughout; where it moves, losses of two
     epochs do not compare, and the last weights are kept. A monitor of one's own choice is left as it is. Raises VAEError

@@ -14,7 +14,7 @@ from hydra_plugins.hydra_joblib_launcher import joblib_launcher
 from vae.engine.search import sweep_value
 from vae.files import write_json
 
-KILLED = "Its process was killed by the system, most likely for want of memory."
+KILLED = "Its process was killed by the operating system, probably out of memory."
 
 
 class Launcher(joblib_launcher.JoblibLauncher):
@@ -27,7 +27,7 @@ class Launcher(joblib_launcher.JoblibLauncher):
         with contextlib.suppress(TerminatedWorkerError):
             return super().launch(job_overrides, initial_job_idx)
         log = logging.getLogger(__name__)
-        log.warning("A process of the sweep was killed, most likely for want of memory: its runs go on one at a time.")
+        log.warning("A process of the sweep was killed, probably out of memory: its runs go on one at a time.")
         self.joblib["n_jobs"] = 2  # with 1 a run would be in this very process
         ended: list[JobReturn] = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):

@@ -1,6 +1,6 @@
-"""Faster steps: what Lightning does around each that nobody asked it for is left out, and networks can be compiled.
+"""Faster steps: skips the per-step work of Lightning that this run does not use; compiles networks where asked.
 
-On a CPU core Lightning spends more than a millisecond a step on hooks that nobody has, a profiler that measures nothing and
+On a CPU core Lightning spends more than a millisecond per step on hooks that nobody has, a profiler that measures nothing and
 metrics that have not changed. `NoProfiler` and `LeanLoop` spare it, and leave the work to Lightning wherever something
 does ask for it: a profiler, an unusual precision or strategy, an optimiser that needs a closure, a module that
 overrides how an optimiser is stepped.
@@ -37,7 +37,7 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 
 
 class NoProfiler(PassThroughProfiler):
-    """Lightning enters and leaves its profiler 66 times a step, whether it measures anything or not."""
+    """Lightning enters and leaves its profiler 66 times per step, whether it measures anything or not."""
 
     _nothing = contextlib.nullcontext()
 
@@ -48,7 +48,7 @@ class NoProfiler(PassThroughProfiler):
 class LeanLoop(_TrainingEpochLoop):
     """Lightning's loop over the batches of an epoch: the same calls and hooks in the same order, one after another.
 
-    Whether that may be done, and who has which hook, is looked up once an epoch instead of at every step; what was logged is
+    Whether that may be done, and who has which hook, is looked up once per epoch instead of at every step; what was logged is
     passed on at the steps that logged something, for which the module keeps `logged`.
     """
 
@@ -61,7 +61,7 @@ class LeanLoop(_TrainingEpochLoop):
         "on_before_optimizer_step",
         "on_train_batch_end",
     )
-    #: What a module may not have of its own: it would not be called, or its answer not be heard.
+    #: Hooks a module must not override here: LeanLoop never calls them, or ignores their result.
     UNHEARD = (
         "optimizer_step",
         "optimizer_zero_grad",

@@ -46,7 +46,7 @@ class VAEModule(pl.LightningModule):
         self.nll_samples = check_samples(nll_samples)
         self.progress_bar = False  # of the test's bound, which may be long
         self.logged = False  # anything, by this module or a callback, since the loop last looked
-        self.steps = 0  # batches trained on; unlike Lightning's counter, one a batch whatever the optimisers do
+        self.steps = 0  # batches trained on; unlike Lightning's counter, one per batch whatever the optimisers do
         self._apart: int | None = None  # epochs from one validation to the next, while a resumed run finds its place
         self.validated = 0  # `steps` at the last validation
         self.validation: dict[str, Tensor] = {}  # what it measured
@@ -58,7 +58,7 @@ class VAEModule(pl.LightningModule):
         ] = []  # images and terms of the steps that are in neither mean yet
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # set several times a step, and an nn.Module takes its time over each
+        # set several times per step, and an nn.Module takes its time over each
         if name in ("_current_fx_name", "logged", "steps"):
             self.__dict__[name] = value
         else:

@@ -69,7 +69,7 @@ def train(
     config = OmegaConf.create(settled)
     trainer_options(config)
     set_threads(config.threads)
-    # Numbers below 1e-38, such as gradients of a mixture's components that explain no image, take a CPU many times as long.
+    # Unused mixture components have denormal gradients, which are many times slower on a CPU.
     torch.set_flush_denormal(True)
     with only_process(folder):
         last = folder / "checkpoints" / "last.ckpt"
@@ -112,7 +112,7 @@ def train(
             raise error
         finally:
             status["seconds"] = before + time.monotonic() - started
-            # where not even this can be written, what went wrong before is what must be told
+            # where not even this can be written, report what went wrong before
             with contextlib.suppress(VAEError) if status["state"] == "failed" else contextlib.nullcontext():
                 write_json(folder / "status.json", status)
     return metrics

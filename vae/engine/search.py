@@ -1,4 +1,4 @@
-"""What a run of a sweep tells the sweeper that started it, such as Optuna's. Imports no torch."""
+"""What a run of a sweep returns to the sweeper that started it, such as Optuna's. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def metrics_of(config: DictConfig) -> list[str]:
 
 
 def sweep_directions(config: DictConfig) -> list[str]:
-    """`maximize` or `minimize` for each of these metrics; null is told by the name.
+    """`maximize` or `minimize` for each of these metrics; null follows from the name.
 
-    Raises VAEError for a name that does not tell.
+    Raises VAEError for a name that says neither.
     """
     metrics = metrics_of(config)
     given = config.sweep_direction
     given = [given] * len(metrics) if given is None or isinstance(given, str) else list(given)
-    told = {"elbo": "maximize", **dict.fromkeys(("loss", "best_loss", "distortion", "bits_per_dim"), "minimize")}
+    known = {"elbo": "maximize", **dict.fromkeys(("loss", "best_loss", "distortion", "bits_per_dim"), "minimize")}
     directions = []
     for metric, direction in itertools.zip_longest(metrics, given):
         name = str(metric).rpartition("/")[2]
-        direction = direction or told.get("loss" if name.startswith("nll") else name)
+        direction = direction or known.get("loss" if name.startswith("nll") else name)
         if direction not in ("maximize", "minimize") or metric is None:
             raise VAEError(
                 f"sweep_direction={config.sweep_direction} does not say of each of sweep_metric={config.sweep_metric} "

@@ -83,7 +83,7 @@ def refuse_used_folder(config: DictConfig) -> None:
 def refuse_nothing_to_resume(config: DictConfig) -> None:
     """Exit with a sentence if `resume` is all that was asked for, of a folder that holds no run.
 
-    A command that says what to train starts where nothing is: it may have been killed before it wrote its config.
+    An explicit command may start in an empty folder: an earlier attempt may have died before writing its config.
     """
     names = {override.partition("=")[0] for override in config.hydra.overrides.task}
     with sentences():

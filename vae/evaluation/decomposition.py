@@ -38,12 +38,12 @@ def elbo_decomposition(
     max_elements: int = MAX_ELEMENTS,
     tick: Callable[[], None] = no_tick,
 ) -> dict[str, float]:
-    """The ELBO's parts in nats an image, over the N images of `batch`; N is in the keys, for the terms depend on it.
+    """The ELBO's parts in nats per image, over the N images of `batch`; N is in the keys, for the terms depend on it.
 
     distortion; index_code_mi = E[log q(z|x) - log q(z)], at most log N; marginal_kl = KL(q(z) || p(z)) (Hoffman &
     Johnson 2016). Where the prior factorises (the standard normal) that splits further (Chen et al. 2018,
     equation 2) into total_correlation = KL(q(z) || prod_j q(z_j)) and dimension_wise_kl = sum_j KL(q(z_j) || p(z_j)).
-    The terms are averages over one z an image, of the first `draws` images (all by default), and add up to
+    The terms are averages over one z per image, of the first `draws` images (all by default), and add up to
     `rate_sampled` exactly; `rate` is the mean KL of the same images, from which that differs by the noise of z alone.
     Time: draws * N * D densities, at most max_elements of them held at a time. Raises VAEError unless q(z|x) is a
     diagonal Gaussian.

@@ -48,7 +48,7 @@ class Gaps(NamedTuple):
         return self.approximation + self.amortisation
 
     def summary(self) -> dict[str, float]:
-        """Means over the images, nats an image, each with half its 95% interval under `_ci95`."""
+        """Means over the images, nats per image, each with half its 95% interval under `_ci95`."""
         values = {
             "log_likelihood": self.log_likelihood,
             "elbo_local": self.elbo_local,

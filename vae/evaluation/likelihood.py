@@ -23,12 +23,12 @@ ACTIVE_UNIT_THRESHOLD = 1e-2  # Burda et al. 2016, section 5: Cov_x(E_q[z|x]) > 
 
 
 def bits_per_dim(elbo: float | Tensor, pixels: int) -> float | Tensor:
-    """-elbo / (pixels * ln 2), for an ELBO in nats an image of so many sub-pixels."""
+    """-elbo / (pixels * ln 2), for an ELBO in nats per image of so many sub-pixels."""
     return -elbo / (pixels * math.log(2))
 
 
 class ELBOTotals:
-    """Running sums of ELBO terms over batches; `compute` gives the means over all images seen, in nats an image.
+    """Running sums of ELBO terms over batches; `compute` gives the means over all images seen, in nats per image.
 
     Noise is drawn from each batch's own seed, so the same split gives the same numbers to every model.
     """
@@ -43,7 +43,7 @@ class ELBOTotals:
 
     @torch.no_grad()
     def update(self, vae: VAE, batch: Batch) -> VAEOutput:
-        """Add a prepared batch, with one z an image; returns its pass through the model."""
+        """Add a prepared batch, with one z per image; returns its pass through the model."""
         out = vae(batch.x, generator(batch.seed, "z", device=batch.x.device), batch.y)
         mean = out.posterior.mean
         self.images += len(batch.x)
@@ -56,7 +56,7 @@ class ELBOTotals:
         return self.sums["kl"] / self.images
 
     def compute(self) -> dict[str, float]:
-        """elbo, rate and distortion (nats an image), bits_per_dim = -elbo / (pixels * ln 2), active_units."""
+        """elbo, rate and distortion (nats per image), bits_per_dim = -elbo / (pixels * ln 2), active_units."""
         distortion, rate = (self.sums[name].item() / self.images for name in ("distortion", "rate"))
         variance = self.sums["mean_square"] / self.images - (self.sums["mean"] / self.images).square()
         return {

@@ -1,7 +1,7 @@
 """What the linear VAE can reach, exactly: probabilistic PCA, its rate-distortion curve, and where given weights are on it.
 
 With a Gaussian likelihood of one sigma, a linear decoder and a linear encoder, both halves of the ELBO depend on the
-images through their mean and covariance alone (Lucas et al. 2019, section 4). Float64 throughout; nats an image.
+images through their mean and covariance alone (Lucas et al. 2019, section 4). Float64 throughout; nats per image.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def optimum(values: Tensor, latent_dim: int, sigma2: float | None = None, beta: 
 
 
 def distortion_of(squared_error: float | Tensor, pixels: int, sigma2: float | Tensor) -> float | Tensor:
-    """-E log N(x; mean, sigma^2) in nats an image, of a mean squared error summed over its pixels."""
+    """-E log N(x; mean, sigma^2) in nats per image, of a mean squared error summed over its pixels."""
     log_sigma2 = sigma2.log() if isinstance(sigma2, Tensor) else math.log(sigma2)
     return 0.5 * (pixels * (math.log(2 * math.pi) + log_sigma2) + squared_error / sigma2)
 

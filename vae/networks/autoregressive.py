@@ -87,7 +87,7 @@ def _hidden_degrees(width: int, latent_dim: int) -> Tensor:
 
 class MADEDecoder(ImageDecoder):
     """p(x|z) pixel by pixel: (z, x) -> (N, P, C, H, W), where the parameters of a pixel depend on z and on the pixels of
-    x above it, or left of it in its row; all channels of a pixel are told at once.
+    x above it, or left of it in its row; all channels of a pixel are predicted at once.
 
     z (N, latent_dim) and x (B, C, H, W) with N a multiple of B: x is met by z[0:B], z[B:2B], ... Its own output bias is
     `output_bias`, so that MADE's is left out. Raises VAEError without x: `VAE.draw_image` makes it pixel by pixel.
@@ -111,7 +111,7 @@ class MADEDecoder(ImageDecoder):
 
     def forward(self, z: Tensor, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         if x is None:
-            raise VAEError("An autoregressive decoder needs the image whose pixels it is told.")
+            raise VAEError("An autoregressive decoder also needs x: call `vae.decode(z, x=x)`.")
         context = with_label(z, y, self.num_classes).unflatten(0, (-1, len(x)))
         return self.body(x.flatten(1), context).reshape(-1, *self.output_bias.shape) + self.output_bias
 
@@ -126,7 +126,7 @@ def made(
     num_classes: int = 0,
     encoder_outputs: int | None = None,
 ) -> tuple[ImageEncoder, MADEDecoder]:
-    """The encoder of `mlp`; as decoder MADE over the pixels (Germain et al. 2015), its hidden units told z.
+    """The encoder of `mlp`; as decoder MADE over the pixels (Germain et al. 2015), its hidden units conditioned on z.
 
     Such a decoder can do without z, and often does: posterior collapse (Bowman et al. 2016). Pictures are drawn one pixel
     after the other, H W passes. Raises VAEError for a size below 1 or an unknown activation.

@@ -55,8 +55,8 @@ class ImageDecoder(Decoder):
     """(N, latent_dim) [, y] -> (N, P, C, H, W): `body` maps z, the label appended, to N * P * C * H * W numbers without
     a bias of their own; `output_bias`, a trained parameter (P, C, H, W), is added to them.
 
-    One bias a pixel is what a dense last layer has anyway, and lets every network start exactly at the mean image. In a
-    convolutional one it replaces one bias a channel: P C (H W - 1) more parameters, and the constant part of the output
+    One bias per pixel is what a dense last layer has anyway, and lets every network start exactly at the mean image. In a
+    convolutional one it replaces one bias per channel: P C (H W - 1) more parameters, and the constant part of the output
     is no longer the same everywhere; what depends on z stays convolutional.
     """
 

@@ -49,7 +49,7 @@ def burgess(
 ) -> tuple[ImageEncoder, ImageDecoder]:
     """The 64x64 ReLU net of Burgess et al. 2018, or ("dlib") of Locatello et al. 2019.
 
-    As published, but for one output bias a pixel where they have one a channel (see ImageDecoder).
+    As published, but for one output bias per pixel where they have one a channel (see ImageDecoder).
     Raises VAEError for images that are not 64x64, a size below 1 or an unknown variant.
     """
     shape = checked_image_shape(image_shape, latent_dim, params_per_pixel, num_classes)

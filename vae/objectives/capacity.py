@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Capacity(SinglePass):
-    """distortion + gamma |rate - C(t)|, with C(t) = capacity * schedule(t) in nats and the rate a batch mean.
+    """distortion + gamma |rate - C(t)|, with C(t) = capacity * schedule(t) in nats and the rate per batch mean.
 
     Burgess et al. 2018, equation 8: capacity 25, gamma 1000, schedule Linear over 100,000 steps. Where gamma is above
     -d distortion / d rate at C, the rate settles at C itself. Raises VAEError for a negative option, or a feedback

@@ -24,8 +24,8 @@ class Objective(nn.Module):
 
     "loss" is the only term with a gradient; "distortion", "rate" and "elbo" are always there, the ELBO at beta = 1
     whatever the weight. The weight on the KL is `beta * schedule(step)` in training; validation uses the weight that the
-    schedule ends on, so that losses of different epochs can be compared. A controller ends on nothing: what it says by
-    then is used, and `loss_moves` says so.
+    schedule ends on, so that losses of different epochs can be compared. A controller has no final value: its current
+    weight is used, and `loss_moves` says so.
     """
 
     beta: Tensor

@@ -37,7 +37,7 @@ class AdaGVAE(Objective):
     """distortion + beta rate of both images of a pair, their unchanged latents averaged; Locatello et al. 2020.
 
     The data makes the pairs: `changed_factors` = k of the factors of each image take another value, or "random", k drawn
-    afresh for each pair from 1 to one less than there are; which ones, the model is not told. Elbo, distortion and rate
+    afresh for each pair from 1 to one less than there are; which ones, the model does not know. Elbo, distortion and rate
     are means over both images of a pair, with the averaged posteriors. The term `shared` is how many latents were.
     Needs data with factors and a diagonal Gaussian posterior.
     """

@@ -192,7 +192,7 @@ def _shared(sweep: Sweep) -> list[tuple[str, str]]:
 def _made(sweep: Sweep) -> list[tuple[str, list[tuple[str, int]]]]:
     """Each entry of the runs' environment.json with its values and how many runs had each, the commonest first.
 
-    Version numbers that all runs share make one entry; many different values are told by the first and the last.
+    Version numbers that all runs share make one entry; of many different values the first and the last are shown.
     """
     found: dict[str, Counter[str]] = {}
     for run in sweep.runs:

@@ -125,8 +125,8 @@ def _rate_distortion(sweep: Sweep, data: str) -> Plot:
         ax.plot(x, y, "o", ms=13, mfc="none", mec=INK, mew=1.1, zorder=5)
         labels.append((x, y, "best ELBO", INK, 8.5, True))
     ax.margins(0.09)
-    ax.set_xlabel(f"{_split(sweep)} rate, nats an image")
-    ax.set_ylabel(f"{_split(sweep)} distortion, nats an image")
+    ax.set_xlabel(f"{_split(sweep)} rate, nats per image")
+    ax.set_ylabel(f"{_split(sweep)} distortion, nats per image")
     _iso_elbo(ax)
     _place(ax, labels, solid, [[*map(tuple, line.get_xydata())] for line in ax.lines if len(line.get_xydata()) > 1])
     if hue is not None and len(curves) > 12:
@@ -163,7 +163,7 @@ def _against(sweep: Sweep, data: str, key: str, metric: str) -> Plot:
             _dot(ax, sweep, x, y, group, colour, marker)
         ends.append((xs[-1], ys[-1], _curve_name(sweep, curve), colour))
     _scale_x(ax, values)
-    names = {"elbo": "ELBO at β = 1, nats an image", "active_units": "active units"}
+    names = {"elbo": "ELBO at β = 1, nats per image", "active_units": "active units"}
     ax.set_xlabel(sweep.label(key))
     ax.set_ylabel(f"{_split(sweep)} {names[metric]}")
     if metric == "active_units":

@@ -102,7 +102,7 @@ def tally(sweep: Sweep) -> str:
 
 
 def csv_text(sweep: Sweep) -> str:
-    """One line a run: name, state, reason, data set, swept keys, seed, seconds, epochs and every metric in full precision.
+    """One line per run: name, state, reason, data set, swept keys, seed, seconds, epochs and every metric in full precision.
 
     Words that a spreadsheet would run as a formula (they begin with = + - @) are preceded by an apostrophe.
     """
@@ -150,7 +150,7 @@ def print_table(sweep: Sweep, console: Console) -> None:
     for overrides in sweep.missing:
         console.print(Text(f"missing: {printable(', '.join(overrides))}", style="red"))
     marked = "; the best ELBO is bold" if len(sweep.finished) > 1 else ""
-    console.print(Text(f"{tally(sweep)}. Nats an image{marked}."), soft_wrap=True)
+    console.print(Text(f"{tally(sweep)}. Nats per image{marked}."), soft_wrap=True)
 
 
 def _table(sweep: Sweep, columns: list[Column]) -> Table:

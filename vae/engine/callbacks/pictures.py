@@ -50,7 +50,7 @@ def traversals(
     columns: int = 11,
     reach: float = 3.0,
 ) -> Tensor:
-    """One image x (1, C, H, W) decoded while one latent moves from -reach to reach; a row a dimension, largest KL first."""
+    """One image x (1, C, H, W) decoded while one latent moves from -reach to reach; a row per dimension, largest KL first."""
     mean = vae.encode(x, y).mean
     order = kl.argsort(descending=True)[:dimensions] if len(kl) == vae.latent_dim else torch.arange(vae.latent_dim)
     z = mean.repeat(len(order[:dimensions]), columns, 1)

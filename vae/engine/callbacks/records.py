@@ -1,4 +1,4 @@
-"""What is kept of a run's numbers: rows of a table, seconds an epoch, and the HParams tab that sorts and draws a sweep."""
+"""What is kept of a run's numbers: rows of a table, seconds per epoch, and the HParams tab that sorts and draws a sweep."""
 
 from __future__ import annotations
 

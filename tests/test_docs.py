@@ -1,0 +1,166 @@
+"""README and docs: pages are current, pictures are of the sweep they are said to be, every snippet runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from vae.cli import CONFIGS
+from vae.engine.run import train
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of tiny digits, in the folder of a sweep."""
+    folder = tmp_path_factory.mktemp("sweep") / "model.latent_dim=3"
+    small = ["data.limit=64", "data.batch_size=32", "trainer.max_epochs=1", "evaluation.nll_samples=5", "threads=1"]
+    small += [
+        "trainer.accelerator=cpu",
+        "callbacks=minimal",
+        "logger=none",
+        "network.hidden=[16]",
+        "model.latent_dim=3",
+    ]
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        config = compose("train", small)
+    train(config, folder, small, progress_bar=False)
+    return folder
+
+
+def test_generated_pages_are_what_the_code_makes_of_them():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    stale = [name for name, make in generate.PAGES.items() if (ROOT / "docs" / name).read_text() != make()]
+    assert not stale, "run `make docs`"
+
+
+def test_the_pictures_are_of_the_sweep_that_the_readme_runs():
+    swept = yaml.safe_load((ROOT / "conf" / "experiment" / "digits_sweep.yaml").read_text())["hydra"]["sweeper"][
+        "params"
+    ]
+    grid = product(*[[f"{key}={value}" for value in str(values).split(",")] for key, values in swept.items()])
+    made = json.loads((ROOT / "docs" / "pictures.json").read_text())
+    assert sorted(made["runs"]) == sorted(",".join(run) for run in grid)
+    assert {made["reconstructions"], made["latent_grid"]} <= set(made["runs"])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/first_steps.md"])
+def test_the_snippets_that_load_a_run_do(page, finished, monkeypatch):
+    pytest.importorskip("pandas")
+    for code in snippets(ROOT / page, "python"):
+        if "vae.load" in code:
+            names = {"FOLDER": str(finished), "SWEEP": str(finished.parent)}
+            exec(code, names)
+            assert names["images"].shape == (16, 1, 8, 8)
+            if "table" in names:
+                assert names["table"].loc[0, "test/elbo"] == names["elbo"]
+            if "pictures" in names:
+                assert names["pictures"].shape == (2, 11, 1, 8, 8) and len(names["line"]) == 8
+
+
+def written(page: Path, folder: Path) -> list[str]:
+    """The files that a page's snippets name in their first line, written below a folder."""
+    files = []
+    for code in (*snippets(page, "python"), *snippets(page, "yaml")):
+        first = code.partition("\n")[0]
+        if match := re.fullmatch(r"# ([\w/]+\.(?:py|yaml))", first):
+            path = folder / match[1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(code)
+            files.append(match[1])
+    return files
+
+
+@pytest.mark.parametrize(
+    ("page", "choice", "loss"),
+    [
+        ("README.md", "objective=squared", lambda m: m["val/distortion"] + m["val/rate"] ** 2),
+        ("docs/extending.md", "objective=squared", lambda m: m["val/distortion"] + m["val/rate"] ** 2),
+        ("docs/own_data.md", "data=noise", lambda m: m["val/distortion"] + m["val/rate"]),
+    ],
+)
+def test_a_part_of_ones_own_trains_as_the_page_says(page, choice, loss, tmp_path, monkeypatch):
+    assert len(written(ROOT / page, tmp_path)) == 2
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tiny = ["trainer.max_epochs=1", "network.hidden=[8]", "model.latent_dim=2", "evaluation.nll_samples=2", "threads=1"]
+    tiny += [
+        "callbacks=minimal",
+        "logger=none",
+        "trainer.accelerator=cpu",
+        "data.limit=80",
+        "data.batch_size=16",
+        choice,
+    ]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        config = compose("train", [f"hydra.searchpath=[file://{tmp_path}/mine]", *tiny], return_hydra_config=True)
+    config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    metrics = train(config, tmp_path / "run", tiny, progress_bar=False)
+    assert metrics["val/loss"] == pytest.approx(loss(metrics), rel=0.02)
+
+
+def test_every_link_to_a_file_leads_to_one():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http|#)([^)#\s]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_setting_that_a_page_names_exists():
+    """In commands: `group=option` is a YAML, `dotted.key=` composes."""
+    known_groups = {path.relative_to(CONFIGS).parent.as_posix() for path in Path(CONFIGS).rglob("*.yaml")}
+    for page in PAGES:
+        for line in re.findall(r"^python -m vae\.train (.*?)(?: {2,}#.*)?$", page.read_text(), re.M):
+            for group, options in re.findall(r"(?<![\w.])([a-z_/]+)=([\w,]+)", line):
+                if group in known_groups and not group.startswith("experiment"):
+                    for option in options.split(","):
+                        assert (Path(CONFIGS) / group / f"{option}.yaml").is_file() or option in ("squared", "noise")
+
+
+def test_every_work_that_the_code_cites_is_on_the_page_of_citations():
+    page = (ROOT / "docs" / "citations.md").read_text()
+    cited = set()
+    for path in (*(ROOT / "vae").rglob("*.py"), *(ROOT / "conf").rglob("*.yaml")):
+        for author, year in re.findall(
+            r"(?<!, )\b([A-Z][a-z]+)(?: et al\.| & [A-Z][a-z]+) ((?:19|20)\d\d)", path.read_text()
+        ):
+            cited.add((author, year))
+    assert len(cited) > 40
+    missing = [f"{a} {y}" for a, y in sorted(cited) if not re.search(rf"\| [^|]*{a}[^|]* {y}", page)]
+    assert not missing
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_dead_link(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"NO_MKDOCS_2_WARNING": "1", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "api" / "index.html").stat().st_size > 100_000
