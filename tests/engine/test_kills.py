@@ -128,7 +128,7 @@ def left_by(folder):
             left["events" if "tfevents" in name else name] = None
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
     for tag in events.Tags()["scalars"]:
-        left[tag] = [(event.step, event.value) for event in events.Scalars(tag) if not tag.startswith("hparams/")]
+        left[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
     for tag in events.Tags()["images"]:
         left[tag] = [(event.step, event.encoded_image_string) for event in events.Images(tag)]
     return left

@@ -119,4 +119,4 @@ class HyperParameters(pl.Callback):
         }
         for logger in trainer.loggers:
             if isinstance(logger, pl.loggers.TensorBoardLogger):
-                logger.log_hyperparams(self.settings, metrics)
+                logger.log_hyperparams(self.settings, metrics, module.steps)
