@@ -44,7 +44,7 @@ def measure(context):
     return {{"sum": first["value"] + second["value"], "pair": first["pair"]}}
 '''
 CLAIMS = """
-from vae.experiment import Claim, Table, within
+from vae.claims import Claim, Table, within
 
 def claims(results):
     return [Claim.of("sum", str(results["sum"]), "{1:g}", within(results["sum"], 0, 3)),
