@@ -46,7 +46,7 @@ class Objective(nn.Module):
             raise VAEError(f"objective.beta={beta} must be zero or more.")
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.schedule = Constant() if schedule is None else schedule
-        require_something_to_steer(self.schedule, beta=beta)
+        require_something_to_steer(self.schedule, beta, "objective.beta=0")
 
     @property
     def loss_moves(self) -> str | None:
@@ -106,12 +106,11 @@ class BetaVAE(SinglePass):
 # --- what an objective may refuse -------------------------------------------------------------------------------------
 
 
-def require_something_to_steer(schedule: nn.Module, **weight: float) -> None:
-    """Raises VAEError for a feedback controller whose output is multiplied by a weight of zero, given by its name."""
-    ((name, value),) = weight.items()
-    if value == 0 and schedule.learns:
+def require_something_to_steer(schedule: nn.Module, weight: float, setting: str) -> None:
+    """Raises VAEError for a feedback controller whose output is multiplied by a weight that a setting holds at zero."""
+    if weight == 0 and schedule.learns:
         raise VAEError(
-            f"{type(schedule).__name__} steers the weight on the KL, which {name} holds at 0: use another {name}, or "
+            f"{type(schedule).__name__} steers the weight on the KL, which {setting} holds at 0: change that, or use "
             "objective/schedule=constant."
         )
 

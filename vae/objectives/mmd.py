@@ -93,7 +93,7 @@ class InfoVAE(Objective):
             raise VAEError(
                 f"objective.bandwidth={bandwidth} must be positive, or null for twice the latent dimensions."
             )
-        require_something_to_steer(self.schedule, **{"1 - objective.alpha": 1 - alpha})
+        require_something_to_steer(self.schedule, 1 - alpha, "objective.alpha=1")
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.register_buffer("lambda_mmd", torch.tensor(float(lambda_mmd)))
         self.kernel, self.bandwidth, self.unbiased = KERNELS[kernel], bandwidth, unbiased
