@@ -106,8 +106,6 @@ def test_a_part_of_ones_own_trains_as_the_page_says(page, choice, loss, tmp_path
         "callbacks=minimal",
         "logger=none",
         "trainer.accelerator=cpu",
-        "data.limit=80",
-        "data.batch_size=16",
         choice,
     ]
     GlobalHydra.instance().clear()
