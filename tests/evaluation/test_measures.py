@@ -125,7 +125,7 @@ def test_disentanglement_needs_factors_and_a_diagonal_gaussian(tiny, kind):
     data, module = build(tiny(*grid, f"posterior={kind}"))
 
     def measured(*chosen):
-        return measures.disentanglement(module.vae, data, "test", Work("scores"), images=3000, metrics=list(chosen))
+        return measures.disentanglement(module.vae, data, "test", Work("scores"), images=1000, metrics=list(chosen))
 
     if kind == "iaf":
         with pytest.raises(VAEError, match="posterior=diagonal"):

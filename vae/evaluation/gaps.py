@@ -6,6 +6,7 @@ L[q*] - L[q], what the encoder loses against the best q* of its family for each 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 
 LOCAL_STEPS = 1000  # of the search for each image's best q
+
+
+def search_ticks(images: int, steps: int, samples: int = 20, max_decodes: int = 20_000) -> int:
+    """How often `inference_gaps` ticks."""
+    return steps * math.ceil(images / max(1, max_decodes // samples))
 
 
 class Gaps(NamedTuple):

@@ -20,7 +20,7 @@ from vae.errors import VAEError
 from vae.evaluation.ais import bdmc, log_likelihood_ais, nll_ais, ticks
 from vae.evaluation.decomposition import elbo_decomposition, rows_at_a_time
 from vae.evaluation.disentanglement import METRICS, Codes, evaluate, floor_and_ceiling
-from vae.evaluation.gaps import LOCAL_STEPS, inference_gaps
+from vae.evaluation.gaps import LOCAL_STEPS, inference_gaps, search_ticks
 from vae.evaluation.samples import CLASSIFIER_STEPS, sample_quality
 from vae.evaluation.work import Work
 from vae.gaussian import DiagonalGaussian
@@ -83,7 +83,7 @@ def gaps(
 ) -> dict[str, float]:
     """The inference gap and its two parts, approximation and amortisation, against log p(x) by AIS, in nats."""
     batch = data.examples(split, images)
-    work.expect(ticks(len(batch.x), temperatures, chains) + LOCAL_STEPS)
+    work.expect(ticks(len(batch.x), temperatures, chains) + search_ticks(len(batch.x), LOCAL_STEPS))
     bound = log_likelihood_ais(vae, batch, temperatures, chains, tick=work)
     return named(vae, inference_gaps(vae, batch, bound, steps=LOCAL_STEPS, tick=work).summary())
 
@@ -172,7 +172,7 @@ MOST = {"images": 10**9, "temperatures": 10**6, "chains": 20_000}
 
 def check_options(name: str, options: dict[str, Any]) -> None:
     """Raises VAEError for an option that a measure does not have, or a number that makes no sense or could not end."""
-    known = inspect.signature(MEASURES[name]).parameters if name in MEASURES else {}
+    known = list(inspect.signature(MEASURES[name]).parameters)[4:] if name in MEASURES else []
     for option, value in options.items():
         if option not in known:
             raise VAEError(f"{name}.{option} is unknown.")
