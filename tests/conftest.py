@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,7 +14,12 @@ from omegaconf import DictConfig
 
 from vae.cli import CONFIGS
 
-torch.set_num_threads(1)
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import torch  # only where tests run: pytest-xdist's own process, which begins before its workers do, needs none
+
+    torch.set_num_threads(1)
 
 
 @functools.cache
