@@ -48,7 +48,7 @@ tensorboard: setup  ## open what was logged, on localhost; RUN=folder (default: 
 	$(BIN)/tensorboard --logdir '$(RUN)' --host 127.0.0.1
 
 test: setup lint types  ## what CI runs: lint, types, then the everyday tests (under four minutes)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: setup lint types  ## the same with all tests, slow ones included
 	$(BIN)/python -m pytest -m 'slow or not slow'
@@ -57,7 +57,7 @@ test-lowest:  ## the everyday tests with the lowest versions that pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/pip install --quiet uv
 	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[dev]'
-	.venv-lowest/bin/python -m pytest -n auto
+	.venv-lowest/bin/python -m pytest -n auto --dist worksteal
 
 lint: setup  ## ruff: format and lint
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 from hydra import compose, initialize_config_dir
 
 from vae.cli import CONFIGS, command, quote_run, resuming, run_name
@@ -24,12 +25,6 @@ SMALL = [
     "network.hidden=[16]",
 ]
 SMALL += ["callbacks=minimal", "threads=1", "trainer.accelerator=cpu"]
-
-
-def run(module, *arguments, cwd, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_entry_points_answer_without_importing_torch(tmp_path):
