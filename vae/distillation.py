@@ -19,13 +19,13 @@ from vae.errors import VAEError
 from vae.importance import real, sequence_kl_loss
 from vae.kl import (
     alpha_divergence_categorical,
-    at_least_float32,
     jensen_shannon_categorical,
     k1,
     kl_categorical,
     skewed_kl_categorical,
     total_variation_categorical,
 )
+from vae.precision import full_precision
 
 IGNORED = -100  # the label that PyTorch and Hugging Face put on what is not to be learnt
 
@@ -103,7 +103,7 @@ def soft_target_divergence(
     quarter of it. No gradient reaches the teacher. divergence: a name in DIVERGENCES, or a function of both logits such as
     `partial(jensen_shannon, beta=0.1)`. Raises VAEError for another name.
     """
-    student_logits, teacher_logits = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
+    student_logits, teacher_logits = full_precision(student_logits), full_precision(teacher_logits.detach())
     return temperature**2 * _divergence(divergence)(student_logits / temperature, teacher_logits / temperature)
 
 
@@ -171,7 +171,7 @@ class Distillation(nn.Module):
         soft = soft.sum() / count
         if labels is None:
             return {"loss": soft, "soft": soft.detach()}
-        hard = F.cross_entropy(at_least_float32(student), labels[kept].long(), reduction="sum") / count
+        hard = F.cross_entropy(full_precision(student), labels[kept].long(), reduction="sum") / count
         loss = self.alpha * soft + (1 - self.alpha) * hard
         return {"loss": loss, "soft": soft.detach(), "hard": hard.detach()}
 
@@ -216,7 +216,7 @@ def sequence_distillation_loss(
 
     See `vae.importance.sequence_kl_loss`. log_old (B, L): of the student as it was when it drew, None if it still is.
     """
-    log_student = torch.log_softmax(at_least_float32(student_logits), -1)
+    log_student = torch.log_softmax(full_precision(student_logits), -1)
     token_kl = kl_categorical(p_log_probs=log_student, q_logits=teacher_logits.detach())
     log_pi = log_student.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return sequence_kl_loss(token_kl=token_kl, log_pi=log_pi, mask=mask, log_old=log_old)

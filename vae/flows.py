@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.errors import VAEError
-from vae.gaussian import DiagonalGaussian, full_precision
+from vae.gaussian import DiagonalGaussian
 from vae.model import PosteriorFamily
 from vae.networks.autoregressive import MADE
 from vae.networks.base import checked_widths, dense_layers
+from vae.precision import full_precision
 
 
 class Step(Protocol):

@@ -8,24 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vae.precision import full_precision, scaled_square
+
 LOG_2PI = math.log(2 * math.pi)
-
-
-def full_precision(t: Tensor) -> Tensor:
-    """float16 and bfloat16 as float32, anything wider as it is: what densities and their parameters are computed in."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def scaled_square(difference: Tensor, log_var: Tensor) -> Tensor:
-    """difference^2 exp(-log_var), elementwise, where the exponential overflows and the square underflows too.
-
-    Where a variance is out of the exponential's range, `shift` of it is taken to the difference before that is squared;
-    elsewhere the difference is multiplied by exactly 1. The product does not depend on `shift`, so no gradient passes
-    through that. A difference of 0 gives 0 at every finite log-variance.
-    """
-    limit = 0.9 * math.log(torch.finfo(log_var.dtype).max)  # 80 in float32, 639 in float64
-    shift = log_var.detach().clamp(-limit, limit) - log_var.detach()
-    return (difference * torch.exp((0.5 * shift).clamp(max=limit))).square() * torch.exp(-(log_var + shift))
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from vae.errors import VAEError
-from vae.kl import at_least_float32, k1, k2, k3
+from vae.kl import k1, k2, k3
+from vae.precision import full_precision
 
 
 def real(values: Tensor, mask: Tensor) -> Tensor:
     """values with 0 on padding, whatever stood there, and no gradient to it."""
-    values = at_least_float32(values)
+    values = full_precision(values)
     return torch.where(mask.bool(), values, torch.zeros_like(values))
 
 
@@ -43,7 +44,7 @@ def log_importance(*, log_pi: Tensor, log_old: Tensor, mask: Tensor, per: str = 
     """
     if per not in RATIOS:
         raise VAEError(f"There is no ratio per {per!r}: choose among {', '.join(RATIOS)}.")
-    log_ratio = real(at_least_float32(log_pi) - at_least_float32(log_old.detach()), mask)
+    log_ratio = real(full_precision(log_pi) - full_precision(log_old.detach()), mask)
     if per == "prefix":
         return log_ratio.cumsum(-1)
     if per == "sequence":
@@ -107,4 +108,4 @@ def sequence_kl_loss(*, token_kl: Tensor, log_pi: Tensor, mask: Tensor, log_old:
     log_old = log_pi.detach() if log_old is None else log_old
     log_ratio = log_importance(log_pi=log_pi, log_old=log_old, mask=mask)
     before = log_ratio.cumsum(-1) - log_ratio
-    return real(before.exp() * at_least_float32(token_kl), mask).sum(-1)
+    return real(before.exp() * full_precision(token_kl), mask).sum(-1)

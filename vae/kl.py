@@ -18,14 +18,10 @@ import torch
 from torch import Tensor
 
 from vae.errors import VAEError
+from vae.precision import full_precision, scaled_square
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """float16, bfloat16 and integers in float32, others as they are: every function here computes and answers so."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 # ----------------------------------------------------------------------------------------------------------- Gaussians
@@ -36,7 +32,7 @@ def gaussian_kl_to_standard_normal(mean: Tensor, log_var: Tensor) -> Tensor:
 
     Kingma & Welling 2014, appendix B. Shapes: mean, log_var (..., D) -> (..., D); never negative.
     """
-    mean, log_var = at_least_float32(mean), at_least_float32(log_var)
+    mean, log_var = full_precision(mean), full_precision(log_var)
     return 0.5 * (mean.square() + torch.expm1(log_var) - log_var)
 
 
@@ -46,16 +42,9 @@ def kl_gaussian(*, p_mean: Tensor, p_log_var: Tensor, q_mean: Tensor, q_log_var:
     Finite, with its gradients, wherever the value is, however narrow q. Shapes: all (..., D), broadcast -> (..., D); sum
     the last axis for the KL of the joint distribution.
     """
-    p_mean, p_log_var, q_mean, q_log_var = map(at_least_float32, (p_mean, p_log_var, q_mean, q_log_var))
+    p_mean, p_log_var, q_mean, q_log_var = map(full_precision, (p_mean, p_log_var, q_mean, q_log_var))
     log_ratio = p_log_var - q_log_var
-    return 0.5 * (_square_in_units(p_mean - q_mean, q_log_var) + torch.expm1(log_ratio) - log_ratio)
-
-
-def _square_in_units(distance: Tensor, log_var: Tensor) -> Tensor:
-    """distance^2 / exp(log_var), 0 at distance 0 whatever the variance."""
-    # exp(-log_var) alone overflows where the product does not, and times a distance of 0 would be NaN.
-    quarter = torch.exp((-0.25 * log_var).masked_fill(distance == 0, 0.0))
-    return (distance * quarter * quarter).square()
+    return 0.5 * (scaled_square(p_mean - q_mean, q_log_var) + torch.expm1(log_ratio) - log_ratio)
 
 
 def kl_gaussian_full(*, p_mean: Tensor, p_covariance: Tensor, q_mean: Tensor, q_covariance: Tensor) -> Tensor:
@@ -65,7 +54,7 @@ def kl_gaussian_full(*, p_mean: Tensor, p_covariance: Tensor, q_mean: Tensor, q_
     no matrix is inverted. Shapes: means (..., D), covariances (..., D, D), broadcast -> (...).
     Raises VAEError where a covariance is not positive definite.
     """
-    p_mean, q_mean = at_least_float32(p_mean), at_least_float32(q_mean)
+    p_mean, q_mean = full_precision(p_mean), full_precision(q_mean)
     p_scale, q_scale = _cholesky("p", p_covariance), _cholesky("q", q_covariance)
     spread = torch.linalg.solve_triangular(q_scale, p_scale, upper=False).square().sum((-2, -1))
     shift = torch.linalg.solve_triangular(q_scale, (p_mean - q_mean).unsqueeze(-1), upper=False).square().sum((-2, -1))
@@ -74,7 +63,7 @@ def kl_gaussian_full(*, p_mean: Tensor, p_covariance: Tensor, q_mean: Tensor, q_
 
 
 def _cholesky(side: str, covariance: Tensor) -> Tensor:
-    scale, info = torch.linalg.cholesky_ex(at_least_float32(covariance))
+    scale, info = torch.linalg.cholesky_ex(full_precision(covariance))
     if info.any():
         raise VAEError(f"{side}_covariance is not positive definite.")
     return scale
@@ -184,11 +173,11 @@ def _log_probs_of(side: str, probs: Tensor | None, log_probs: Tensor | None, log
     if sum(form is not None for form in (probs, log_probs, logits)) != 1:
         raise VAEError(f"Give exactly one of {side}_probs, {side}_log_probs and {side}_logits.")
     if logits is not None:
-        return torch.log_softmax(at_least_float32(logits), dim=-1)
+        return torch.log_softmax(full_precision(logits), dim=-1)
     if log_probs is not None:
-        return at_least_float32(log_probs)
+        return full_precision(log_probs)
     tolerance = 1e-3 if probs.dtype in (torch.float32, torch.float64) else 1e-2
-    probs = at_least_float32(probs)
+    probs = full_precision(probs)
     off = (probs.detach().sum(-1) - 1).abs()
     if (off > tolerance).any() or (probs < 0).any():
         raise VAEError(
@@ -252,7 +241,7 @@ class GaussianMixture(NamedTuple):
         if largest * torch.finfo(wide).eps < 1e-6:
             squares = z.square() @ precision.T - 2 * z @ (precision * mean).T + (precision * mean.square()).sum(-1)
         else:
-            squares = _square_in_units(z.unsqueeze(-2) - mean, log_var).sum(-1)
+            squares = scaled_square(z.unsqueeze(-2) - mean, log_var).sum(-1)
         of_component = -0.5 * (squares + (log_var + math.log(2 * math.pi)).sum(-1))
         return torch.logsumexp(torch.log_softmax(self.logits.to(wide), -1) + of_component, dim=-1).to(x.dtype)
 
@@ -294,7 +283,7 @@ def k1(*, log_pi: Tensor, log_ref: Tensor) -> Tensor:
     As a loss, samples held fixed: useless. E[grad k1] = E[grad log pi] = 0, no signal, only noise. With its importance
     ratio it is exact: `vae.importance.ratio_k1`. Schulman 2020, "Approximating KL divergence".
     """
-    return at_least_float32(log_pi) - at_least_float32(log_ref)
+    return full_precision(log_pi) - full_precision(log_ref)
 
 
 def k2(*, log_pi: Tensor, log_ref: Tensor) -> Tensor:

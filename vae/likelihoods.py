@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.errors import VAEError
-from vae.gaussian import LOG_2PI, full_precision
+from vae.gaussian import LOG_2PI
+from vae.precision import full_precision
 
 
 class Likelihood(nn.Module):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from vae.gaussian import DiagonalGaussian, full_precision
+from vae.gaussian import DiagonalGaussian
+from vae.precision import full_precision
 from vae.seeding import generator as generator_of
 
 if TYPE_CHECKING:

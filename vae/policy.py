@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from vae.beta import Constant
 from vae.errors import VAEError
 from vae.importance import RATIOS, log_importance, per_sequence_mean, ratio_k1, ratio_k2, ratio_k3, real
-from vae.kl import at_least_float32, k1, k2, k3
+from vae.kl import k1, k2, k3
+from vae.precision import full_precision
 
 # ------------------------------------------------------------------------------------------------------ over tokens
 
@@ -103,7 +104,7 @@ def token_rewards(*, rewards: Tensor, log_pi: Tensor, log_ref: Tensor, mask: Ten
 
     Sums to `penalised_reward` over a sequence; 0 on padding (Ziegler et al. 2019; TRL's PPO). No gradient.
     """
-    mask, rewards = mask.bool(), at_least_float32(rewards)
+    mask, rewards = mask.bool(), full_precision(rewards)
     penalty = -beta * real(k1(log_pi=log_pi.detach(), log_ref=log_ref.detach()), mask)
     real_tokens_left = mask.long().flip(-1).cumsum(-1).flip(-1)
     return penalty + torch.where(mask & (real_tokens_left == 1), rewards.unsqueeze(-1), torch.zeros_like(penalty))
@@ -162,7 +163,7 @@ def advantages(returns: Tensor, *, baseline: str, group_size: int | None = None)
         raise VAEError(f"{len(returns)} sequences are not whole groups of {size}.")
     if size < 2 and baseline != "none":
         raise VAEError(f"The baseline {baseline!r} needs groups of at least two sequences.")
-    return BASELINES[baseline](at_least_float32(returns).reshape(-1, size)).flatten()
+    return BASELINES[baseline](full_precision(returns).reshape(-1, size)).flatten()
 
 
 # ---------------------------------------------------------------------------------------------------- surrogate losses
@@ -170,7 +171,7 @@ def advantages(returns: Tensor, *, baseline: str, group_size: int | None = None)
 
 def reinforce_loss(*, log_pi: Tensor, advantages: Tensor) -> Tensor:
     """-A log pi of each token; its gradient is the policy gradient (Williams 1992). A: (B,) or (B, L) -> (B, L)."""
-    return -_per_token(advantages, log_pi) * at_least_float32(log_pi)
+    return -_per_token(advantages, log_pi) * full_precision(log_pi)
 
 
 def clipped_loss(
@@ -186,7 +187,7 @@ def clipped_loss(
     clip_high: clip unless given (DAPO's clip-higher). Shapes: log-probabilities (B, L), A (B,) or (B, L) -> (B, L).
     """
     gain = _per_token(advantages, log_pi)
-    ratio = torch.exp(at_least_float32(log_pi) - at_least_float32(log_old.detach()))
+    ratio = torch.exp(full_precision(log_pi) - full_precision(log_old.detach()))
     clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     return -torch.minimum(ratio * gain, clipped * gain)
 
@@ -197,12 +198,12 @@ def cispo_loss(*, log_pi: Tensor, log_ratio: Tensor, advantages: Tensor, clip_hi
     Where `clipped_loss` drops the gradient of a clipped token, this keeps it at the bounded weight: REINFORCE under
     truncated importance weights.
     """
-    weight = at_least_float32(log_ratio.detach()).exp().clamp(max=1 + clip_high)
+    weight = full_precision(log_ratio.detach()).exp().clamp(max=1 + clip_high)
     return weight * reinforce_loss(log_pi=log_pi, advantages=advantages)
 
 
 def _per_token(advantages: Tensor, log_pi: Tensor) -> Tensor:
-    advantages = at_least_float32(advantages.detach())
+    advantages = full_precision(advantages.detach())
     return advantages if advantages.dim() == log_pi.dim() else advantages.unsqueeze(-1)
 
 
@@ -279,7 +280,7 @@ class PolicyObjective(nn.Module):
         """
         if not (log_pi.shape == log_ref.shape == mask.shape) or rewards.shape != log_pi.shape[:1]:
             raise VAEError("A policy batch needs log_pi, log_ref and mask of one shape (B, L), and B rewards.")
-        mask, rewards = mask.bool(), at_least_float32(rewards.detach())
+        mask, rewards = mask.bool(), full_precision(rewards.detach())
         log_pi, log_ref = real(log_pi, mask), real(log_ref.detach(), mask)
         log_old = log_pi.detach() if log_old is None else real(log_old.detach(), mask)
         for name, values in (("log_pi", log_pi), ("log_ref", log_ref), ("log_old", log_old), ("rewards", rewards)):

@@ -1,6 +1,8 @@
-"""The widest floating point numbers that a device has."""
+"""In which floating point numbers things are computed: float32 at least, the widest for sums, and squares out of range."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,3 +16,20 @@ def widest(device: torch.device) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """x in these numbers: for sums over many images, and for products that cancel."""
     return x.to(widest(x.device))
+
+
+def full_precision(t: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32, anything wider as it is: what densities and their parameters are computed in."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def scaled_square(difference: Tensor, log_var: Tensor) -> Tensor:
+    """difference^2 exp(-log_var), elementwise, where the exponential overflows and the square underflows too.
+
+    Where a variance is out of the exponential's range, `shift` of it is taken to the difference before that is squared;
+    elsewhere the difference is multiplied by exactly 1. The product does not depend on `shift`, so no gradient passes
+    through that. A difference of 0 gives 0 at every finite log-variance.
+    """
+    limit = 0.9 * math.log(torch.finfo(log_var.dtype).max)  # 80 in float32, 639 in float64
+    shift = log_var.detach().clamp(-limit, limit) - log_var.detach()
+    return (difference * torch.exp((0.5 * shift).clamp(max=limit))).square() * torch.exp(-(log_var + shift))

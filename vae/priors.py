@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from vae.errors import VAEError
 from vae.flows import AffineCoupling
-from vae.gaussian import LOG_2PI, DiagonalGaussian, full_precision
+from vae.gaussian import LOG_2PI, DiagonalGaussian
 from vae.kl import GaussianMixture, gaussian_kl_to_standard_normal
+from vae.precision import full_precision
 
 MAX_ELEMENTS = 2**24  # of a (rows, components, D) block held at a time
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vae.errors import VAEError
-from vae.kl import at_least_float32, kl_categorical
+from vae.kl import kl_categorical
+from vae.precision import full_precision
 
 DIRECTIONS = ("reverse", "forward")
 
@@ -76,7 +77,7 @@ def with_tail(log_probs: Tensor) -> Tensor:
     Where they make up 1 the others are left what rounding cannot tell from nothing, eps, so that a KL to them is finite.
     Raises VAEError where they are no log-probabilities: above 0, NaN, or of more than 1 in all, beyond rounding.
     """
-    log_probs = at_least_float32(log_probs)
+    log_probs = full_precision(log_probs)
     total = log_probs.exp().sum(-1, keepdim=True)
     if not ((log_probs <= 1e-3) & (total <= 1 + 1e-3)).all():
         raise VAEError("These are no log-probabilities of some tokens: one is NaN or above 0, or they exceed 1 in all.")
@@ -91,7 +92,7 @@ def gathered_with_tail(logits: Tensor, indices: Tensor) -> Tensor:
     """
     if (indices.sort(-1).values.diff(dim=-1) == 0).any():
         raise VAEError("A token stands twice among the indices, and would be counted twice.")
-    log_probs = torch.log_softmax(at_least_float32(logits), -1)
+    log_probs = torch.log_softmax(full_precision(logits), -1)
     chosen = log_probs.gather(-1, indices)
     if indices.shape[-1] == logits.shape[-1]:
         rest = torch.full_like(chosen[..., :1], -torch.inf)
@@ -150,7 +151,7 @@ def sampler_log_probs(
     """
     if not (temperature > 0 and 0 < top_p <= 1 and (top_k is None or top_k >= 1)):
         raise VAEError(f"No sampler: temperature {temperature} > 0, top_k {top_k} >= 1, 0 < top_p {top_p} <= 1.")
-    logits = at_least_float32(logits) / temperature
+    logits = full_precision(logits) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, -1).values[..., -1:], -torch.inf)
     if top_p < 1:

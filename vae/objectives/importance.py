@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from vae.errors import VAEError
-from vae.gaussian import DiagonalGaussian, full_precision
+from vae.gaussian import DiagonalGaussian
 from vae.model import VAE, Posterior
 from vae.objectives.elbo import Objective
+from vae.precision import full_precision
 
 if TYPE_CHECKING:
     from vae.data.images import Batch

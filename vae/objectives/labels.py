@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.errors import VAEError
-from vae.gaussian import full_precision
 from vae.kl import kl_categorical
 from vae.model import VAE, Halves
 from vae.networks.base import dense_layers
 from vae.objectives.elbo import BetaVAE, Objective, require_not_negative
+from vae.precision import full_precision
 
 if TYPE_CHECKING:
     from vae.data.images import Batch

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae.errors import VAEError
-from vae.gaussian import DiagonalGaussian, full_precision, gaussian_log_prob
+from vae.gaussian import DiagonalGaussian, gaussian_log_prob
 from vae.model import VAE
 from vae.objectives.elbo import Objective, require_gaussian_posterior, require_kl_per_dimension, require_not_negative
+from vae.precision import full_precision
 
 if TYPE_CHECKING:
     from vae.data.images import Batch
