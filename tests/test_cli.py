@@ -94,7 +94,7 @@ def test_a_run_is_trained_evaluated_again_and_resumed_by_command(tmp_path):
     assert not (tmp_path / "nowhere").exists()
     refused = run("vae.evaluate", "run=here", "split=tset", cwd=tmp_path)
     assert refused.returncode == 1
-    assert refused.stderr == "Error: split='tset' is unknown: choose train, val or test.\n"
+    assert refused.stderr == "Error: split=tset is unknown: choose one of train, val, test.\n"
 
 
 def test_runs_of_different_settings_have_different_folders_that_every_file_system_takes():

@@ -496,9 +496,9 @@ def test_the_adaptive_controller_holds_the_kl_of_a_bandit_at_its_target():
         (lambda: GRPO(group_size=0), "group_size"),
         (lambda: PPOClip(ratio="answer"), "token, prefix"),
         (lambda: GRPO(3, penalty_ratio="answer"), "token, prefix"),
-        (lambda: PPOClip(clip=0.0), "clipped"),
-        (lambda: PPOClip(clip=1.0), "clipped"),
-        (lambda: PPOClip(clip_high=-0.1), "clipped"),
+        (lambda: PPOClip(clip=0.0), "clip"),
+        (lambda: PPOClip(clip=1.0), "clip"),
+        (lambda: PPOClip(clip_high=-0.1), "clip"),
     ],
 )
 def test_options_out_of_range_are_refused(make, says):

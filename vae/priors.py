@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from vae.errors import VAEError
+from vae.errors import VAEError, whole
 from vae.flows import AffineCoupling
 from vae.gaussian import LOG_2PI, DiagonalGaussian
 from vae.kl import GaussianMixture, gaussian_kl_to_standard_normal
@@ -123,9 +123,7 @@ class VampPrior(MixturePrior):
 
     def __init__(self, latent_dim: int, pseudo_inputs: int = 500) -> None:
         super().__init__(latent_dim)
-        if pseudo_inputs < 1:
-            raise VAEError(f"prior.pseudo_inputs={pseudo_inputs} must be at least 1.")
-        self.number = pseudo_inputs
+        self.number = whole("prior.pseudo_inputs", pseudo_inputs, most=100_000)
 
     def setup(self, encoder: nn.Module, images: Callable[[int], Tensor]) -> None:
         self._encoder = (encoder,)  # in a tuple, so that its weights are listed and saved once, as the model's

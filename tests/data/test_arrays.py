@@ -192,7 +192,7 @@ def with_value(value):
         ("a.npy", {"x": with_value(1.5)}, {}, r"image 7 of x has values from .* to 1.5, outside data.source.range"),
         ("a.npy", {"x": BYTES}, {"range": [0, 255]}, "data.source.range has no effect on images that are not floats"),
         ("a.npy", {"x": FLOATS}, {"range": [1, 0]}, r"range=\[1, 0\] must be the least and the greatest"),
-        ("a.npy", {"x": BYTES}, {"layout": "CHW"}, "layout='CHW' is unknown: choose NCHW or NHWC, or null"),
+        ("a.npy", {"x": BYTES}, {"layout": "CHW"}, "layout=CHW is unknown: choose one of NCHW, NHWC"),
         (
             "a.npy",
             {"x": BYTES},

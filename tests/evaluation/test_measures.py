@@ -221,7 +221,7 @@ def test_so_are_samples_of_the_bound_before_anything_is_built_on_them(tiny, fold
 
 
 def test_an_unknown_split_or_measure_is_refused_whatever_is_measured(folder):
-    with pytest.raises(VAEError, match="split='tests' is unknown"):
+    with pytest.raises(VAEError, match="split=tests is unknown"):
         run.measure(folder, "tests", {**OPTIONS, "measures": ["decomposition"]})
     with pytest.raises(VAEError, match=r"measures=\['aic'\] is unknown: choose from likelihood, decomposition"):
         run.measure(folder, "test", {"measures": "aic"})

@@ -19,7 +19,7 @@ from vae.data.images import Rows, Splits, is_one_hot, labels_of, pixels_of, tens
 from vae.data.sources import Root
 from vae.data.splitting import split_rows, warn_of_duplicates
 from vae.data.storage import cache_folder, cached_bits, expanded, reason, require_regular
-from vae.errors import VAEError
+from vae.errors import VAEError, choose
 
 LAYOUTS = ("NCHW", "NHWC")
 FEW = 4  # no image has fewer pixels a side than this, and none whose layout can be told has more channels
@@ -45,8 +45,7 @@ def arrays(
     unpickled. x uint8, or float32 in [0, 1]. Raises VAEError, in a sentence that says what to do.
     """
     file = expanded(path)
-    if layout not in (None, *LAYOUTS):
-        raise VAEError(f"data.source.layout={layout!r} is unknown: choose {' or '.join(LAYOUTS)}, or null.")
+    choose("data.source.layout", layout, (*LAYOUTS, None))
     if len(range) != 2 or not range[0] < range[1]:
         raise VAEError(f"data.source.range={list(range)} must be the least and the greatest value.")
     held = read(file)

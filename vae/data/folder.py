@@ -23,7 +23,7 @@ from vae.data.images import Images, Rows, Splits
 from vae.data.sources import Root
 from vae.data.splitting import split_rows, warn_of_duplicates
 from vae.data.storage import cache_folder, expanded, locked, reason, require_regular
-from vae.errors import VAEError
+from vae.errors import VAEError, choose
 from vae.files import write_atomically, write_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -101,12 +101,9 @@ class Options(NamedTuple):
 
 
 def _checked(size: Any, fit: str, channels: int | str, on_error: str) -> Options:
-    if fit not in FITS:
-        raise VAEError(f"data.source.fit={fit!r} is unknown: choose one of {', '.join(FITS)}.")
-    if channels not in (1, 3, "auto"):
-        raise VAEError(f"data.source.channels={channels!r} is unknown: choose 1, 3 or auto.")
-    if on_error not in ("raise", "skip"):
-        raise VAEError(f"data.source.on_error={on_error!r} is unknown: choose raise or skip.")
+    choose("data.source.fit", fit, FITS)
+    choose("data.source.channels", channels, (1, 3, "auto"))
+    choose("data.source.on_error", on_error, ("raise", "skip"))
     both = (size, size) if size is None or isinstance(size, int) else tuple(size)
     if size is not None and not (len(both) == 2 and all(isinstance(side, int) and side > 0 for side in both)):
         raise VAEError(f"data.source.size={size} must be a number of pixels, [height, width], or null.")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from vae.data.images import Batch, Images, ImageSet, Rows, Splits, accepted
 from vae.data.pairs import Partners, partners_of
-from vae.errors import VAEError
+from vae.errors import VAEError, choose, whole
 from vae.likelihoods import Likelihood
 from vae.seeding import derive, generator
 
@@ -150,14 +150,14 @@ class ImageDataModule(pl.LightningDataModule):
         labelled: int | None = None,
     ) -> None:
         super().__init__()
-        if binarize not in BINARIZATIONS:
-            raise VAEError(f"data.binarize={binarize!r} is unknown: choose one of {', '.join(BINARIZATIONS)}.")
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "limit": limit, "labelled": labelled}
-        for name, size in sizes.items():
-            optional = name in ("limit", "labelled")
-            if not (size is None and optional) and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-                whole = f"must be a whole number of at least 1{', or null' if optional else ''}."
-                raise VAEError(f"data.{name}={size} {whole}")
+        choose("data.binarize", binarize, BINARIZATIONS)
+        for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
+            whole(f"data.{name}", size)
+        for name, size in {"limit": limit, "labelled": labelled}.items():
+            whole(f"data.{name}", size, optional=True)
+        whole("data.num_workers", num_workers, least=0)
+        whole("seed", seed, least=0)
+        whole("data.split_seed", split_seed, least=0)
         self.source, self.batch_size, self.eval_batch_size = source, batch_size, eval_batch_size
         self.binarize, self.seed, self.split_seed = binarize, seed, split_seed
         self.num_workers, self.limit, self.labelled = num_workers, limit, labelled

@@ -328,7 +328,7 @@ def celeba(root: Root, size: int = 64, crop: int = 148) -> Splits:
     from torchvision.datasets import CelebA
 
     if size < 1 or not 1 <= crop <= 178:
-        raise VAEError(f"data.size={size} must be positive and data.crop={crop} lie between 1 and 178.")
+        raise VAEError(f"data.source.size={size} must be positive and data.source.crop={crop} lie between 1 and 178.")
     folder = expanded(root) / CelebA.base_folder
     files = {name: (drive_id, md5) for drive_id, md5, name in CelebA.file_list}
     for name in ("list_eval_partition.txt", "list_attr_celeba.txt"):

@@ -155,7 +155,7 @@ def chosen_values(subset: Subset | None) -> dict[str, tuple[int, ...]]:
     """
     for name in dict(subset or {}):
         if name not in FACTORS:
-            raise VAEError(f"data.subset has no factor {name!r}: choose among {', '.join(FACTORS)}.")
+            raise VAEError(f"data.source.subset has no factor {name!r}: choose among {', '.join(FACTORS)}.")
     return {name: _chosen(name, (subset or {}).get(name, size)) for name, size in FACTORS.items()}
 
 
@@ -164,10 +164,12 @@ def _chosen(name: str, choice: int | Iterable[int]) -> tuple[int, ...]:
     if not isinstance(choice, int):
         values = tuple(choice)
         if not values or len(set(values)) < len(values) or not set(values) <= set(range(size)):
-            raise VAEError(f"data.subset.{name} must list different indices from 0 to {size - 1}, not {list(values)}.")
+            raise VAEError(
+                f"data.source.subset.{name} must list different indices from 0 to {size - 1}, not {list(values)}."
+            )
         return values
     if not 1 <= choice <= size:
-        raise VAEError(f"data.subset.{name}={choice} must lie between 1 and {size}, or list indices.")
+        raise VAEError(f"data.source.subset.{name}={choice} must lie between 1 and {size}, or list indices.")
     if choice == size:
         return tuple(range(size))
     if name == "orientation":
@@ -196,7 +198,7 @@ def sprites(
     kept in the folder `cache`, the user's cache folder if not given (the whole grid: 377 MB).
     """
     if size not in range(16, 65, 8):
-        raise VAEError(f"data.size={size} must be a multiple of 8 from 16 to 64.")
+        raise VAEError(f"data.source.size={size} must be a multiple of 8 from 16 to 64.")
     values = chosen_values(subset)
     shape = (math.prod(map(len, values.values())), size * size // 8)
     if shape[0] <= CACHE_ABOVE:

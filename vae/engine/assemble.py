@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from vae.errors import VAEError
+from vae.errors import VAEError, whole
 from vae.hierarchical import BottomDecoder
 from vae.model import VAE, DiagonalFamily, PosteriorFamily
 from vae.priors import Prior
+
+MOST_LATENTS = 100_000  # beyond which a slip of the keyboard is likelier than a model
 
 
 @dataclass(frozen=True)
@@ -33,26 +35,30 @@ def assemble(
     config: Mapping[str, Any],
     facts: ImageFacts,
     images: Callable[[int], Tensor],
-    make: Callable[[Any], Any],
+    make: Callable[[Any, str], Any],
 ) -> VAE:
     """The untrained model of a run's config; initial weights come from torch's global generator.
 
     images: n -> n training images (n, C, H, W) in [0, 1], for a prior that starts at some; make: a config's node with a
-    `_target_` -> the object. Raises VAEError for a combination that makes no sense.
+    `_target_`, and its group -> the object. Raises VAEError for a combination that makes no sense.
     """
-    latent_dim = config["model"]["latent_dim"]
-    likelihood = make(config["likelihood"])
+    latent_dim = whole("model.latent_dim", config["model"]["latent_dim"], most=MOST_LATENTS)
+    likelihood = make(config["likelihood"], "likelihood")
     family: PosteriorFamily = (
-        make(config["posterior"])(latent_dim=latent_dim) if config["posterior"] else DiagonalFamily(latent_dim)
+        called("posterior", make(config["posterior"], "posterior"), latent_dim=latent_dim)
+        if config["posterior"]
+        else DiagonalFamily(latent_dim)
     )
-    encoder, decoder = make(config["network"])(
+    encoder, decoder = called(
+        "network",
+        make(config["network"], "network"),
         image_shape=facts.image_shape,
         latent_dim=latent_dim,
         encoder_outputs=family.encoder_outputs,
         params_per_pixel=likelihood.params_per_pixel,
         num_classes=facts.num_classes,
     )
-    prior: Prior = make(config["prior"])(latent_dim=latent_dim)
+    prior: Prior = called("prior", make(config["prior"], "prior"), latent_dim=latent_dim)
     if prior.needs_encoder and not (isinstance(family, DiagonalFamily) and facts.num_classes == 0):
         raise VAEError("prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels.")
     if prior.latent_dim != family.latent_dim:
@@ -63,7 +69,23 @@ def assemble(
     return VAE(encoder, decoder, prior, likelihood, facts.num_classes, family, facts.latent_label)
 
 
-def make_trusted(node: Mapping[str, Any], trust: bool = False) -> Any:
+def called(what: str, make: Any, *arguments: Any, **sizes: Any) -> Any:
+    """`make(*arguments, **sizes)`. Where a class or function of this package or of torch cannot take the options that a
+    config gives it, raises VAEError that shows them; one of the user's own keeps its traceback."""
+    try:
+        return make(*arguments, **sizes)
+    except VAEError:
+        raise
+    except Exception as error:
+        made = getattr(make, "func", make)
+        if made.__module__.partition(".")[0] not in ("vae", "torch"):
+            raise
+        options = ", ".join(f"{key}={value}" for key, value in getattr(make, "keywords", {}).items())
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise VAEError(f"{what} cannot be made with {options or 'these options'}: {why}.") from error
+
+
+def make_trusted(node: Mapping[str, Any], group: str = "", trust: bool = False) -> Any:
     """The object that a stored config's node describes: its `_target_` called with its other entries, or, with
     `_partial_`, waiting for more. Only this package's own classes and functions are called, unless `trust` is true.
 
@@ -80,7 +102,7 @@ def make_trusted(node: Mapping[str, Any], trust: bool = False) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         raise VAEError(f"The run's config names {target}, which cannot be imported: {error}.") from error
     options = {
-        key: make_trusted(value, trust) if isinstance(value, Mapping) and "_target_" in value else value
+        key: make_trusted(value, group, trust) if isinstance(value, Mapping) and "_target_" in value else value
         for key, value in node.items()
         if key not in ("_target_", "_partial_")
     }

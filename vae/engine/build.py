@@ -10,23 +10,28 @@ from typing import Any
 import hydra.utils
 import torch
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, MissingMandatoryValue
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from torch import Tensor
 
 from vae.data.module import ImageDataModule
-from vae.engine.assemble import ImageFacts, assemble
+from vae.engine.assemble import ImageFacts, assemble, called
 from vae.engine.module import VAEModule
-from vae.errors import VAEError
+from vae.engine.typed import check_types
+from vae.errors import VAEError, whole
+from vae.evaluation.likelihood import MOST_SAMPLES
 from vae.objectives.elbo import Objective
 from vae.seeding import derive, generator
 
 
-def instantiate(config: Any, **options: Any) -> Any:
-    """Hydra's instantiate; what the object's own constructor says against its options is raised as VAEError.
+def instantiate(config: Any, key: str | None = None, **options: Any) -> Any:
+    """Hydra's instantiate; what the object's own constructor says against its options is raised as VAEError. key: the
+    config's place, by which options of a wrong type are named.
 
     Lists and groups of options arrive as plain lists and dicts: a torch optimiser keeps the betas that it is given, and
     whatever it keeps is in each checkpoint.
     """
+    if key is not None and isinstance(config, DictConfig):
+        check_types(OmegaConf.to_container(config, resolve=True), key)
     try:
         return hydra.utils.instantiate(config, **options, _convert_="all")
     except MissingMandatoryValue as error:
@@ -35,13 +40,15 @@ def instantiate(config: Any, **options: Any) -> Any:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        sentence = str(cause) if isinstance(cause, VAEError) else f"{config.get('_target_')} cannot be made: {cause}"
+        why = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
+        sentence = str(cause) if isinstance(cause, VAEError) else f"{config.get('_target_')} cannot be made: {why}."
         raise VAEError(sentence) from error
 
 
 def build_data(config: DictConfig) -> ImageDataModule:
     """The data set that a config describes, loaded."""
-    data: ImageDataModule = instantiate(config.data, seed=config.seed)
+    data: ImageDataModule = instantiate(config.data, "data", seed=config.seed)
+    data.source = functools.partial(called, "data.source", data.source)
     data.setup()
     return data
 
@@ -56,9 +63,6 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
 
     Raises VAEError for a combination that makes no sense.
     """
-    latent_dim = config.model.latent_dim
-    if not isinstance(latent_dim, int) or latent_dim < 1:
-        raise VAEError(f"model.latent_dim={latent_dim} must be a whole number of at least 1.")
     data = build_data(config)
 
     def images(n: int) -> Tensor:
@@ -66,19 +70,26 @@ def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
         order = torch.randperm(len(train), generator=generator(config.seed, "pseudo-inputs"))
         return data.scale(train.gather(order[torch.arange(n) % len(train)])[0])
 
+    whole("evaluation.nll_samples", config.evaluation.nll_samples, least=0, most=MOST_SAMPLES)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "init"))
-        objective: Objective = instantiate(config.objective)
+        objective: Objective = instantiate(config.objective, "objective")
         vae = assemble(config, image_facts(data, objective), images, instantiate)
         data.require_fit(vae.likelihood)
         objective.setup(vae, data)
     if config.model.output_bias_from_data:
         vae.decoder.set_output_bias(vae.likelihood.bias_for_mean(data.train_mean()))
+    optimizer, lr_schedule = instantiate(config.optimizer, "optimizer"), build_lr_schedule(config, data)
+    tried = called(
+        "optimizer", optimizer, [torch.nn.Parameter(torch.zeros(1))]
+    )  # what they refuse, they refuse at once
+    if lr_schedule is not None:
+        called("lr_schedule", lr_schedule, tried)
     module = VAEModule(
         vae,
         objective,
-        optimizer=instantiate(config.optimizer),
-        lr_schedule=build_lr_schedule(config, data),
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
         nll_samples=config.evaluation.nll_samples,
     )
     return data, module
@@ -98,7 +109,7 @@ def run_length(trainer: DictConfig, data: ImageDataModule) -> tuple[float, float
 
 def build_lr_schedule(config: DictConfig, data: ImageDataModule) -> Callable[..., Any] | None:
     """optimizer -> scheduler, or None for a constant rate; `epochs: null` among its options means those of the run."""
-    make = instantiate(config.lr_schedule)
+    make = instantiate(config.lr_schedule, "lr_schedule")
     if make and "epochs" in make.keywords and make.keywords["epochs"] is None:
         return functools.partial(make, epochs=run_length(config.trainer, data)[1])
     return make or None

@@ -13,7 +13,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from vae.engine.module import is_ending
 from vae.engine.stored import read_checkpoint
-from vae.errors import VAEError
+from vae.errors import VAEError, whole
 from vae.files import write_atomically
 from vae.objectives.elbo import Objective
 
@@ -124,6 +124,11 @@ class Interruptible(pl.callbacks.Checkpoint):
     """
 
     def __init__(self, every_n_seconds: float | None = 30, every_n_steps: int | None = None) -> None:
+        whole("callbacks.interruptible.every_n_steps", every_n_steps, optional=True)
+        if every_n_seconds is not None and not (isinstance(every_n_seconds, int | float) and every_n_seconds >= 0):
+            raise VAEError(
+                f"callbacks.interruptible.every_n_seconds={every_n_seconds} must be a number of at least 0, or null."
+            )
         self.every_n_seconds, self.every_n_steps = every_n_seconds, every_n_steps
         self._saved = self._started = time.monotonic()
         self._before, self._stopped = 0.0, False

@@ -38,7 +38,7 @@ from vae.engine.folder import (
 )
 from vae.engine.module import Means, VAEModule
 from vae.engine.trainer import build_trainer, set_threads, trainer_options, warn_of_unreached_weight
-from vae.errors import VAEError
+from vae.errors import VAEError, choose
 from vae.evaluation.measures import MEASURES, check_options
 from vae.evaluation.work import Work
 from vae.files import is_disk_full, remove_leftovers, write_json, write_text
@@ -205,8 +205,7 @@ def evaluate(folder: Path, split: str = "test", **changes: Any) -> dict[str, flo
 
 
 def _check_split(split: str) -> None:
-    if split not in Splits._fields:
-        raise VAEError(f"split={split!r} is unknown: choose train, val or test.")
+    choose("split", split, Splits._fields)
 
 
 def _likelihood(

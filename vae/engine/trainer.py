@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from vae.engine.build import instantiate
 from vae.engine.callbacks.progress import Progress
@@ -22,7 +23,7 @@ from vae.engine.checkpoints import CheckpointIO
 from vae.engine.folder import settings, usable_cores
 from vae.engine.lean import Compile, NoProfiler, make_lean
 from vae.engine.loggers import LoggedRun, make_loggers
-from vae.errors import VAEError
+from vae.errors import VAEError, choose, whole
 from vae.objectives.elbo import Objective
 
 #: Weights in 32 bits; steps in 32 or, where that is safe, fewer. Lightning's names, its older ones too.
@@ -50,6 +51,14 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
     Raises VAEError for what a run cannot use: several devices or processes, and other precisions than PRECISIONS.
     """
     options = OmegaConf.to_container(config.trainer, resolve=True)
+    for name in ("max_epochs", "max_steps"):
+        whole(f"trainer.{name}", options.get(name), least=-1, optional=True)
+    for name in ("log_every_n_steps", "check_val_every_n_epoch", "accumulate_grad_batches"):
+        whole(f"trainer.{name}", options.get(name), optional=True)
+    clip = options.get("gradient_clip_val")
+    if clip is not None and not (isinstance(clip, int | float) and 0 <= clip < math.inf):
+        raise VAEError(f"trainer.gradient_clip_val={clip} must be a number of at least 0, or null.")
+    choose("trainer.accelerator", options.get("accelerator"), ("auto", "cpu", "gpu", "cuda", "mps"))
     devices, strategy = options.get("devices", 1), options.get("strategy", "auto")
     one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
     if not one or options.get("num_nodes", 1) != 1:
@@ -99,7 +108,11 @@ def build_trainer(
     options.setdefault("profiler", NoProfiler())
     # Lightning's Slurm environment would save checkpoints of its own on a signal, and requeue the job itself.
     plugins = [CheckpointIO(), LightningEnvironment()]
-    trainer = pl.Trainer(**options, **outputs, default_root_dir=folder, plugins=plugins, enable_progress_bar=False)
+    try:
+        trainer = pl.Trainer(**options, **outputs, default_root_dir=folder, plugins=plugins, enable_progress_bar=False)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise VAEError(f"trainer: Lightning does not take these options: {why}.") from error
     if folder is not None:
         stay_inside(folder, trainer)
     return make_lean(trainer)

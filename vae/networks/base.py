@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae.errors import VAEError
+from vae.errors import VAEError, whole
 
 T = TypeVar("T")
 
@@ -24,6 +24,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "softplus": nn.Softplus,
 }
+
+
+MOST_UNITS = 1_000_000  # of a layer; more are a slip of the keyboard
 
 
 class ImageEncoder(nn.Module):
@@ -129,8 +132,8 @@ def checked_image_shape(
 def checked_widths(widths: Iterable[int]) -> tuple[int, ...]:
     """Layer widths as a tuple; raises VAEError if one is below 1."""
     widths = tuple(widths)
-    if any(width < 1 for width in widths):
-        raise VAEError(f"Layers have at least one unit, not {widths}.")
+    for width in widths:
+        whole("A layer's width", width, most=MOST_UNITS)
     return widths
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vae.errors import VAEError
+from vae.errors import VAEError, choose
 from vae.gaussian import DiagonalGaussian
 from vae.model import VAE, Posterior
 from vae.objectives.elbo import Objective
@@ -71,8 +71,7 @@ class MIWAE(Objective):
         super().__init__(beta, schedule)
         if groups < 1 or samples < 1:
             raise VAEError(f"An importance-weighted bound needs at least one sample, not {groups} x {samples}.")
-        if estimator not in ESTIMATORS:
-            raise VAEError(f"objective.estimator={estimator!r} is unknown: choose one of {', '.join(ESTIMATORS)}.")
+        choose("objective.estimator", estimator, ESTIMATORS)
         self.groups, self.samples, self.estimator = groups, samples, estimator
 
     def bound(self, log_w: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vae.errors import VAEError
+from vae.errors import VAEError, choose
 from vae.model import VAE, VAEOutput
 from vae.objectives.elbo import Objective, require_not_negative, require_something_to_steer
 
@@ -87,8 +87,7 @@ class InfoVAE(Objective):
                 f"InfoVAE weighs the rate by 1 - alpha and the MMD by alpha + lambda_mmd - 1, which must not be negative "
                 f"as with alpha={alpha} and lambda_mmd={lambda_mmd}."
             )
-        if kernel not in KERNELS:
-            raise VAEError(f"objective.kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}.")
+        choose("objective.kernel", kernel, KERNELS)
         if bandwidth is not None and not bandwidth > 0:
             raise VAEError(
                 f"objective.bandwidth={bandwidth} must be positive, or null for twice the latent dimensions."

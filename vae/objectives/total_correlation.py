@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae.errors import VAEError
+from vae.errors import VAEError, choose
 from vae.gaussian import DiagonalGaussian, gaussian_log_prob
 from vae.model import VAE
 from vae.objectives.elbo import Objective, require_gaussian_posterior, require_kl_per_dimension, require_not_negative
@@ -121,8 +121,7 @@ class BetaTCVAE(Objective):
     ) -> None:
         super().__init__(beta, schedule)
         require_not_negative(self, alpha=alpha, gamma=gamma)
-        if sampling not in SAMPLINGS:
-            raise VAEError(f"objective.sampling={sampling!r} is unknown: choose one of {', '.join(SAMPLINGS)}.")
+        choose("objective.sampling", sampling, SAMPLINGS)
         if dataset_size is not None and dataset_size < 1:
             raise VAEError(f"objective.dataset_size={dataset_size} must be at least 1.")
         self.register_buffer("alpha", torch.tensor(float(alpha)))

@@ -23,6 +23,7 @@ from torchvision.utils import make_grid
 
 from vae.engine.loggers import log_picture
 from vae.engine.module import VAEModule, is_ending
+from vae.errors import whole
 from vae.files import is_disk_full, write_atomically
 from vae.model import VAE
 from vae.seeding import generator
@@ -168,7 +169,8 @@ class Pictures(pl.Callback):
     """
 
     def __init__(self, every_n_epochs: int = 10, points: int = 1000) -> None:
-        self.every_n_epochs, self.points = every_n_epochs, points
+        self.every_n_epochs = whole("callbacks.pictures.every_n_epochs", every_n_epochs)
+        self.points = whole("callbacks.pictures.points", points)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
         epoch, apart = trainer.current_epoch + 1, trainer.check_val_every_n_epoch or 1

@@ -1,0 +1,123 @@
+"""Every option of every config group: a value that makes no sense is one sentence at the start, never a traceback."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from vae.cli import CONFIGS
+from vae.engine.build import build, build_data
+from vae.engine.trainer import build_trainer
+from vae.errors import VAEError, choose, whole
+
+#: Values that few options take: each either works or is refused in a sentence.
+ODD = (-1, 0, 2.5, math.nan, "text", [1, "a"], None)
+#: What a run needs to be tried in an instant, and the data sets that are on no machine.
+WITH = {
+    "cvae": [],
+    "m2": ["data.labelled=20"],
+    "ada_gvae": ["data=sprites", "++data.source.size=16"],
+    "two_layer": ["posterior=two_layer", "prior=two_layer"],
+    "burgess": ["data=sprites"],
+}
+SPRITES = "++data.source.subset={scale: 2, orientation: 3, x: 3, y: 3}"
+GROUPS = ("network", "likelihood", "prior", "posterior", "objective", "objective/schedule", "optimizer", "lr_schedule")
+
+
+def options_of(path: Path) -> list[str]:
+    node = yaml.safe_load(path.read_text()) or {}
+    return [key for key in node if key not in ("_target_", "_partial_", "defaults")]
+
+
+CASES = [
+    (group, path.stem, option)
+    for group in GROUPS
+    for path in sorted((Path(CONFIGS) / group).glob("*.yaml"))
+    for option in options_of(path)
+]
+
+
+def tried(config, folder=None) -> str | None:
+    """Why a run cannot begin, or None if it can; without a folder, why its model cannot be built."""
+    try:
+        build(config)
+        if folder is not None:
+            build_trainer(config, folder)
+    except VAEError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("group", "name", "option"), CASES, ids=lambda value: value)
+def test_an_odd_value_works_or_is_refused_in_one_sentence(tiny, monkeypatch, group, name, option):
+    more = WITH.get(name, [])
+    more = [*more, SPRITES] if any("sprites" in override for override in more) else more
+    config = tiny(f"{group}={name}", *(o for o in more if not o.startswith(f"{group}=")), "logger=none")
+    key = f"{group.replace('/', '.')}.{option}"
+    data = build_data(config)
+    monkeypatch.setattr("vae.engine.build.build_data", lambda config: data)
+    refused = []
+    for value in ODD:
+        odd = config.copy()
+        OmegaConf.update(odd, key, value, force_add=True)
+        if (why := tried(odd)) is not None:
+            assert why.endswith(".") and "\n" not in why and "Traceback" not in why, (value, why)
+            refused.append(value)
+    kind = yaml.safe_load((Path(CONFIGS) / group / f"{name}.yaml").read_text()).get("_target_", "vae.")
+    assert refused or kind.startswith("torch."), f"{key} takes anything at all"
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("model.latent_dim", [0, -1, 2.5, "text", None, 10**9]),
+        ("trainer.max_epochs", [1.5, "text", -2]),
+        ("trainer.max_steps", [1.5, "text", -2]),
+        ("trainer.log_every_n_steps", [0, -1, 2.5, "text"]),
+        ("trainer.check_val_every_n_epoch", [0, -1, 2.5, "text"]),
+        ("trainer.gradient_clip_val", [-1, "text", math.nan]),
+        ("trainer.precision", ["64-true", "bf16-true", "16-true", "text"]),
+        ("trainer.accelerator", ["text", 3]),
+        ("callbacks.pictures.every_n_epochs", [0, -1, 2.5, "text", None]),
+        ("callbacks.pictures.points", [0, -1, 2.5, "text", None]),
+        ("callbacks.interruptible.every_n_steps", [0, -1, 2.5, "text"]),
+        ("callbacks.interruptible.every_n_seconds", [-1, "text"]),
+        ("evaluation.nll_samples", [-5, 2.5, "text", 10**9]),
+        ("data.batch_size", [0, -1, 64.5, "text", None, 10**9]),
+        ("data.eval_batch_size", [0, -1, 64.5, "text", None]),
+        ("data.limit", [0, -1, 64.5, "text"]),
+        ("data.binarize", ["text", 1]),
+        ("seed", [-1, 2.5, "text", None]),
+        ("compile", ["text", 3]),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_the_name_it_is_typed_with(tiny, tmp_path, key, values):
+    config = tiny("callbacks=default", "logger=none")
+    assert tried(config, tmp_path) is None
+    for value in values:
+        odd = config.copy()
+        OmegaConf.update(odd, key, value, force_add=True)
+        why = tried(odd, tmp_path)
+        assert why is not None and key in why and why.endswith("."), (value, why)
+
+
+def test_absurd_sizes_are_refused_before_memory_is_asked_for(tiny, tmp_path):
+    for override in ("network.hidden=[1000000000]", "model.latent_dim=1000000000"):
+        assert "must be" in tried(tiny(override), tmp_path) or "at most" in tried(tiny(override), tmp_path)
+    assert "100,000" in tried(tiny("prior=vampprior", "prior.pseudo_inputs=1000000000"), tmp_path)
+
+
+def test_the_two_checks_name_the_setting_and_what_it_takes():
+    assert choose("a.b", "x", ("x", None)) == "x" and choose("a.b", None, ("x", None)) is None
+    with pytest.raises(VAEError, match=r"^a\.b=True is unknown: choose one of 1, 2\.$"):
+        choose("a.b", True, (1, 2))
+    assert whole("n", 3) == 3 and whole("n", None, optional=True) is None
+    for wrong in (True, 0, 3.0, "3", None):
+        with pytest.raises(VAEError, match=rf"^n={wrong} must be a whole number of at least 1\.$"):
+            whole("n", wrong)
+    with pytest.raises(VAEError, match=r"^n=7 must be a whole number from 0 to 5, or null\.$"):
+        whole("n", 7, least=0, most=5, optional=True)
