@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -360,9 +361,9 @@ def test_a_metric_that_is_not_finite_is_shown_and_left_out_of_plots_and_of_the_b
 
 def test_a_run_that_left_nothing_but_its_overrides_is_cut_off_with_its_settings(tmp_path):
     make_grid(tmp_path)
-    hydra = tmp_path / "early" / ".hydra"
-    hydra.mkdir(parents=True)
-    (hydra / "overrides.yaml").write_text("- model.latent_dim=64\n- objective.beta=4\n")
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "overrides.yaml").write_text("- model.latent_dim=64\n- objective.beta=4\n")
     sweep = read_sweep(tmp_path)
     (early,) = sweep.failed
     assert (early.state, early.settings) == ("cut off", {"model.latent_dim": 64, "objective.beta": 4})
@@ -530,3 +531,48 @@ def test_numbers_have_a_true_minus_but_none_before_zero():
 def test_importing_the_report_imports_neither_torch_nor_matplotlib():
     code = "import sys, vae.report; sys.exit(bool({'torch', 'matplotlib', 'hydra'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_facts_say_which_likelihoods_compare_whatever_their_classes_are_called(undrawn, tmp_path):
+    for name, discrete in (("Mine", False), ("Gaussian", False), ("Gaussish", True)):
+        folder = make_run(tmp_path / name, **{"likelihood": {"_target_": f"my.{name}"}, "seed": len(name)})
+        facts = {"data": "photos", "likelihood": name, "discrete": discrete, "image_shape": [1, 8, 8]}
+        (folder / "facts.json").write_text(json.dumps(facts))
+    assert sorted(set(read_sweep(tmp_path).data_sets)) == ["photos, likelihood density", "photos, likelihood gaussish"]
+
+
+RECURSIVE = "model: &a\n  latent_dim: 2\n  again: *a\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("metrics.json", '{"test/elbo": 1' + "0" * 400 + "}", "test/elbo is larger than any number"),
+        ("config.yaml", RECURSIVE, "contains itself"),
+        ("facts.json", "[1, 2", "facts.json is damaged"),
+        ("metrics.json", "\0\0\0", "metrics.json is damaged"),
+    ],
+)
+def test_a_run_with_a_damaged_file_is_listed_and_the_others_are_reported(undrawn, tmp_path, file, content, reason):
+    make_grid(tmp_path)
+    folder = make_run(tmp_path / "odd")
+    (folder / file).write_text(content)
+    write_report(read_sweep(tmp_path))
+    (odd,) = read_sweep(tmp_path).failed
+    assert odd.state == "damaged" and reason in odd.reason
+    assert len(rows_of(tmp_path)) == 7
+
+
+@pytest.mark.parametrize("swept", ["range(0,1e9)", "glob(*)", "range(0,1000000000)", "choice(1,2", "interval(0,1)"])
+def test_a_sweep_whose_grid_cannot_be_listed_is_reported_without_what_is_missing(undrawn, tmp_path, swept):
+    make_grid(tmp_path)
+    write_multirun(tmp_path, {"objective.beta": swept})
+    assert read_sweep(tmp_path).missing == ()
+
+
+def test_a_folder_whose_name_is_not_text_is_reported_and_linked(undrawn, tmp_path):
+    make_grid(tmp_path)
+    make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/run-\xff")))
+    write_report(read_sweep(tmp_path))
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "run-%FF/" in page and "run-\\udcff" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import os
 import re
 import shlex
 from collections import Counter
@@ -96,7 +97,9 @@ def render(sweep: Sweep, plots: list[list[Any]]) -> str:
         rows=_rows(sweep, columns, [[run] for run in sweep.runs]),
         means=_rows(sweep, averaged, _replicates(sweep)) if sweep.seeds else [],
         averaged=averaged,
-        link=lambda run: "../" if run.folder == sweep.folder else f"../{quote(run.name)}/",
+        link=lambda run: (
+            "../" if run.folder == sweep.folder else f"../{quote(os.fsencode(run.folder.relative_to(sweep.folder)))}/"
+        ),
         plots=plots,
         galleries=shown,
         thumb=_thumb(shown),

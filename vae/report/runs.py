@@ -13,7 +13,7 @@ import yaml
 
 FINISHED, FAILED, CUT_OFF, DAMAGED = "finished", "failed", "cut off", "damaged"
 
-_MARKERS = ("config.yaml", "status.json", "metrics.json", ".hydra")
+_MARKERS = ("config.yaml", "overrides.yaml", "status.json", "metrics.json")
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -22,9 +22,10 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 class Run:
     """What a run's folder says. `settings`, `seed`, `data` are filled in by `read_sweep`, which sees all runs.
 
-    name: the folder's path within the sweep. state: finished, failed, cut off or damaged; reason: one sentence for the
-    last three. config: flat, "model.latent_dim" -> value. metrics: flat floats, in the unit their name says. settings:
-    swept key -> value. data: the label of the data set; ELBOs compare only between runs with the same label.
+    name: the folder's path within the sweep, as text that can be written. state: finished, failed, cut off or damaged;
+    reason: one sentence for the last three. config: flat, "model.latent_dim" -> value. metrics: flat floats, in the unit
+    their name says. settings: swept key -> value. facts: what facts.json says, nothing for a run of an earlier version.
+    data: the label of the data set; ELBOs compare only between runs with the same label.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Run:
     seconds: float | None = None
     epochs: int | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, Path] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     seed: Any = None
@@ -74,10 +76,16 @@ def read_run(folder: Path, name: str) -> Run:
                     problems.append(str(error))
         return None
 
-    config = read(_read_mapping, "config.yaml", ".hydra/config.yaml")
-    overrides = read(_read_yaml, "overrides.yaml", ".hydra/overrides.yaml")
+    config = read(_read_mapping, "config.yaml")
+    overrides = read(_read_yaml, "overrides.yaml")
     status = read(_read_mapping, "status.json") or {}
     metrics = read(_read_metrics, "metrics.json")
+    facts = read(_read_mapping, "facts.json") or {}
+    try:
+        flat = flatten(config or {})
+    except RecursionError:  # a YAML whose alias holds itself
+        problems.append("config.yaml is damaged (it contains itself)")
+        flat = {}
     environment = {}
     try:
         if (folder / "environment.json").is_file():
@@ -91,12 +99,13 @@ def read_run(folder: Path, name: str) -> Run:
         folder=folder,
         state=state,
         reason=reason,
-        config=flatten(config or {}),
+        config=flat,
         overrides=tuple(str(item) for item in overrides) if isinstance(overrides, list) else (),
         metrics=metrics or {},
         seconds=_number(status.get("seconds")),
         epochs=_number(status.get("epochs")),
         environment=environment,
+        facts=facts,
         pictures={
             path.stem: path
             for path in sorted((folder / "pictures").glob("*"))
@@ -155,7 +164,10 @@ def _read_metrics(path: Path) -> dict[str, float]:
     for key, value in _read_mapping(path).items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise Damaged(f"{path.name} is damaged ({key} is not a number)")
-        metrics[key] = math.nan if value is None else float(value)
+        try:
+            metrics[key] = math.nan if value is None else float(value)
+        except OverflowError:
+            raise Damaged(f"{path.name} is damaged ({key} is larger than any number)") from None
     return metrics
 
 

@@ -15,12 +15,17 @@ from vae.errors import VAEError
 from vae.report.runs import DAMAGED, FINISHED, Run, find_run_folders, parse_scalar, read_run, read_yaml
 
 # Where and how a run was made, not what it is.
-_OPERATIONAL_ROOTS = {"hydra", "paths", "logger", "launcher", "run", "resume", "threads", "progress_bar", "name"}
-_OPERATIONAL_ROOTS |= {"sweep_metric", "sweep_direction"}  # what a sweeper is told
-_OPERATIONAL_LEAF = re.compile(r"(^|_)(dir|dirpath|path|root|folder|file|filename|run_name|num_threads|num_workers)$")
-# Settings under `data` that change the pixels a likelihood is measured on.
-_PIXEL_SETTING = re.compile(r"binar|image_size|resize|resolution|dequant|crop|gr[ae]y")
-_LATENT_SIZES = {"latent_dim", "latent_size", "num_latents", "z_dim"}
+_OPERATIONAL_ROOTS = {"hydra", "logger", "run", "resume", "threads", "progress_bar", "sweep_metric", "sweep_direction"}
+_OPERATIONAL_LEAF = re.compile(r"(^|_)(dir|dirpath|path|root|folder|file|filename|num_workers)$")
+#: Settings that change the pixels a likelihood is measured on.
+_PIXELS = ("data.binarize", *(f"data.source.{name}" for name in ("size", "crop", "fit", "channels", "subset")))
+MOST_JOBS = 10_000  # of a sweep whose missing runs are named
+LATENT_SIZE = "latent_dim"
+#: Classes of this package that earlier versions, which wrote no facts.json, named as the likelihood: densities.
+_DENSITIES = {
+    *("Gaussian", "LearnedSigmaGaussian", "OptimalSigmaGaussian", "PixelSigmaGaussian"),
+    *("Laplace", "LearnedScaleLaplace", "ContinuousBernoulli"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Sweep:
     @property
     def latent_size(self) -> str | None:
         """The swept key that is the number of latent dimensions, if any."""
-        return next((key for key in self.swept if leaf(key) in _LATENT_SIZES), None)
+        return next((key for key in self.swept if leaf(key) == LATENT_SIZE), None)
 
     def value(self, run: Run, metric: str) -> float:
         """A metric of the reported split, e.g. "elbo"; NaN where the run has none."""
@@ -137,7 +142,8 @@ def read_sweep(folder: str | Path) -> Sweep:
         raise VAEError(f"No runs in {str(folder)!r}: no folder in it holds a config.yaml, status.json or metrics.json.")
     single = folders == [folder]
     runs = [
-        read_run(path, folder.resolve().name if single else path.relative_to(folder).as_posix()) for path in folders
+        read_run(path, folder.resolve().name if single else _text(path.relative_to(folder).as_posix()))
+        for path in folders
     ]
     if all(run.state == DAMAGED for run in runs):
         raise VAEError(f"No run in {str(folder)!r} can be read: {runs[0].name}: {runs[0].reason}")
@@ -222,7 +228,7 @@ def _preference(key: str) -> tuple[Any, ...]:
     """Data set first, then latent size; beta last, so that a table in this order reads curve by curve."""
     late = [
         not (key == "data" or key.startswith("data.source")),
-        leaf(key) not in _LATENT_SIZES,
+        leaf(key) != LATENT_SIZE,
         "beta" in key.split("."),
     ]
     return late, leaf(key) not in ("_target_", "name"), key.count("."), key
@@ -243,6 +249,11 @@ def leaf(key: str) -> str:
     return key.rsplit(".", 1)[-1]
 
 
+def _text(name: str) -> str:
+    """A file name as text that can be written: bytes that are no UTF-8 become escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 # ---- which runs compare ----
 
 
@@ -253,9 +264,7 @@ def _data_labels(runs: list[Run]) -> list[str]:
     grey and of binarised pixels; runs that differ so get different labels.
     """
     names = [_data_name(run) for run in runs]
-    pixel_keys = sorted(
-        {k for run in runs for k in run.config if k.startswith("data.") and _PIXEL_SETTING.search(leaf(k))}
-    )
+    pixel_keys = sorted({key for run in runs for key in run.config if key.startswith(_PIXELS)})
     traits = [
         {**{key: run.config.get(key) for key in pixel_keys}, "likelihood": _measure(run)} if run.config else {}
         for run in runs
@@ -270,18 +279,16 @@ def _data_labels(runs: list[Run]) -> list[str]:
 
 
 def _data_name(run: Run) -> str:
-    candidates = ("data.name", "data.source.name", "data.source._target_", "data._target_", "data")
-    named = next((run.config[key] for key in candidates if isinstance(run.config.get(key), str)), None)
-    return named.rsplit(".", 1)[-1] if named else _overrides(run).get("data", "data set unknown")
+    if "data" in run.facts:
+        return str(run.facts["data"])
+    named = run.config.get("data.source._target_") or run.config.get("data._target_")  # of an earlier version
+    return str(named).rsplit(".", 1)[-1] if named else _overrides(run).get("data", "data set unknown")
 
 
 def _measure(run: Run) -> str:
     """What kind of number log p(x|z) is: it compares only with its own kind."""
-    named = next(
-        (run.config[k] for k in ("likelihood._target_", "likelihood.name", "likelihood") if run.config.get(k)), ""
-    )
-    kind = str(named).rsplit(".", 1)[-1].lower()
-    return "density" if re.search(r"gauss|normal|laplace|student|continuous", kind) else kind
+    kind = str(run.facts.get("likelihood") or run.config.get("likelihood._target_") or "").rsplit(".", 1)[-1]
+    return kind.lower() if run.facts.get("discrete", kind not in _DENSITIES) else "density"
 
 
 # ---- what the sweep asked for and is not there ----
@@ -306,24 +313,27 @@ def _expected(multirun: Any) -> list[tuple[str, ...]]:
             return []
         lines = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
         lines += hydra["overrides"]["task"]
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, RecursionError):
         return []
     from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import, and seldom needed
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     choices: dict[str, list[str]] = {}  # the command line, which comes later, replaces the config
     try:
         for override in OverridesParser.create().parse_overrides([str(line) for line in lines]):
             key = override.get_key_element()
             if override.is_discrete_sweep():
-                choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+                values = list(itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1))
+                if len(values) > MOST_JOBS:
+                    return []
+                choices[key] = [f"{key}={value}" for value in values]
             elif override.is_sweep_override():
                 return []
             else:
                 choices[key] = [f"{key}={override.get_value_element_as_str()}"]
-    except (OverrideParseException, NotImplementedError, TypeError, ValueError):
+    except (HydraException, NotImplementedError, TypeError, ValueError, OverflowError, ArithmeticError):
         return []
-    if math.prod(len(values) for values in choices.values()) > 10_000:
+    if math.prod(len(values) for values in choices.values()) > MOST_JOBS:
         return []
     return list(itertools.product(*choices.values()))
 
