@@ -265,7 +265,7 @@ def test_the_best_loss_that_an_earlier_version_stored_is_what_the_next_is_compar
 @pytest.mark.parametrize("apart", [1, 2])
 def test_a_run_resumed_where_early_stopping_stops_it_ends_there(kill, apart, tiny, tmp_path, monkeypatch):
     options = ["callbacks=early_stopping", "callbacks.pictures=null", "callbacks.early_stopping.patience=1"]
-    options += ["+callbacks.early_stopping.min_delta=100", "callbacks.interruptible.every_n_seconds=0"]
+    options += ["+callbacks.early_stopping.min_delta=100", "callbacks.interruptible.every_n_seconds=0", "logger=csv"]
     config = tiny(*options, "trainer.max_epochs=9", f"trainer.check_val_every_n_epoch={apart}")
     whole = trained(config, tmp_path / "whole")
     assert whole["val/best_epoch"] == 2 * apart - 1
@@ -285,6 +285,7 @@ def test_a_run_resumed_where_early_stopping_stops_it_ends_there(kill, apart, tin
             train(config, tmp_path / "cut", [], progress_bar=False)
     assert trained(config, tmp_path / "cut", resume=True) == whole
     assert checkpoint(tmp_path / "cut", "last")["steps"] == checkpoint(tmp_path / "whole", "last")["steps"]
+    assert rows_of(tmp_path / "cut", "epoch") == rows_of(tmp_path / "whole", "epoch")
 
 
 # --- training terms ---------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class VAEModule(pl.LightningModule):
         self.log_dict(metrics, logger=False)
         for logger in self.trainer.loggers:
             numbers = {name: float(value) for name, value in metrics.items()}
-            logger.log_metrics({**numbers, "epoch": self.current_epoch}, step)
+            logger.log_metrics({**numbers, "epoch": step // self.trainer.num_training_batches}, step)
             logger.save()
 
     def _training_terms(self, means: Means) -> dict[str, Tensor]:

@@ -160,12 +160,13 @@ def all_pictures(module: VAEModule, examples: Any) -> dict[str, Tensor]:
 # --- when they are drawn ----------------------------------------------------------------------------------------------
 
 
-class Pictures(pl.Callback):
+class Pictures(pl.callbacks.Checkpoint):
     """Draws every `every_n_epochs` from the validation split, and once more from the weights that are tested.
 
     Dimensions are shown by their KL, which is that of the validation just made, and of the test in the last set. That
-    also fills TensorBoard's projector: posterior means with thumbnails and labels of `points` images. Pictures come after
-    the checkpoints of their epoch, and one that cannot be drawn is a warning: it does not cost the training.
+    also fills TensorBoard's projector: posterior means with thumbnails and labels of `points` images. A picture that cannot
+    be drawn is a warning: it does not cost the training. A `Checkpoint`, so that Lightning calls it after early stopping
+    and the checkpoints of the epoch.
     """
 
     def __init__(self, every_n_epochs: int = 10, points: int = 1000) -> None:
