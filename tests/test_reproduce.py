@@ -14,10 +14,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from vae.cli import CONFIGS
+from vae.cli import CONFIGS, duration
 from vae.errors import VAEError
 from vae.experiment import Context
-from vae.reproduce import Experiment, first_source, main, markdown, names
+from vae.report import page
+from vae.reproduce import FIGURE_BYTES, Experiment, _draw, first_source, main, markdown, names
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 NUMBERS = itertools.count()
@@ -227,6 +228,18 @@ def test_the_list_fits_a_terminal_of_80_columns_and_cuts_no_name(capsys, monkeyp
     assert [line.split()[0] for line in lines[2:]] == names(CHECKOUT)  # a line each
 
 
+def test_a_duration_is_said_alike_in_reports_and_verdicts():
+    assert [duration(s) for s in (9.46, 42, 99.4, 140, 5940, 12_000)] == [
+        "9.5 s",
+        "42 s",
+        "99 s",
+        "3 min",
+        "99 min",
+        "3 h 20 min",
+    ]
+    assert page.duration is duration
+
+
 def test_a_list_names_the_first_author_and_year_of_what_is_rerun():
     assert first_source("Hinton, Vinyals & Dean 2015, section 3") == "Hinton 2015"
     assert first_source("Bishop 2006, figures 10.2; Minka 2005") == "Bishop 2006"
@@ -361,6 +374,17 @@ def test_committed_verdicts_are_those_of_the_committed_results(name, form):
     readme = CHECKOUT / "experiments" / name / "README.md"
     if readme.is_file() and f"<!-- {form} -->" in readme.read_text():
         assert markdown(experiment, form) in readme.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "form"), COMMITTED)
+def test_the_figure_can_be_drawn_from_the_committed_results(name, form, tmp_path):
+    experiment = Experiment(name, CHECKOUT)
+    path = experiment.results_folder(form) / "results.json"
+    if not path.is_file():
+        pytest.skip(f"the {form} form has not been run yet")
+    _draw(experiment.module("figure"), json.loads(path.read_text())["results"], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size <= FIGURE_BYTES
 
 
 #: Those of one or two minutes; the others' quick forms take up to a quarter of an hour each: `make reproduce`.
