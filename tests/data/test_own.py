@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vae.data.module import ImageDataModule
-from vae.engine.build import build
+from vae.engine.build import build, instantiate
 from vae.engine.callbacks.pictures import as_rgb, grid
 from vae.engine.run import train
 from vae.errors import VAEError
@@ -68,3 +68,9 @@ def test_a_density_of_floats_is_that_of_the_very_values(tiny):
     normal = torch.distributions.Normal(0.0, module.vae.likelihood.log_sigma.exp())
     found = module.vae.likelihood.log_prob(torch.zeros(4, 1, 1, 8, 8), x)
     torch.testing.assert_close(found, normal.log_prob(x).sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize("data", ["folder", "arrays"])
+def test_data_without_a_path_ask_for_it(data, tiny):
+    with pytest.raises(VAEError, match=r"data.source.path must say which (folder|file) the images are in"):
+        instantiate(tiny(f"data={data}").data, seed=0).setup()

@@ -27,7 +27,7 @@ AT_ONCE = 1000  # images
 
 
 def arrays(
-    path: Root,
+    path: Root | None = None,
     layout: str | None = None,
     range: Sequence[float] = (0.0, 1.0),
     val_size: int | None = None,
@@ -44,6 +44,8 @@ def arrays(
     1. .npy, .npz without compression, .pt, and .h5 without chunks are mapped, others read into memory. Nothing is
     unpickled. x uint8, or float32 in [0, 1]. Raises VAEError, in a sentence that says what to do.
     """
+    if path is None:
+        raise VAEError("data.source.path must say which file the images are in.")
     file = expanded(path)
     choose("data.source.layout", layout, (*LAYOUTS, None))
     if len(range) != 2 or not range[0] < range[1]:

@@ -38,7 +38,7 @@ log = logging.getLogger("vae.data")
 
 
 def folder(
-    path: Root,
+    path: Root | None = None,
     size: int | Sequence[int] | None = None,
     fit: str = "crop",
     channels: int | str = "auto",
@@ -66,6 +66,8 @@ def folder(
     and times of the files are the same. x uint8 (channels, *size). Raises VAEError, in a sentence that says what to do.
     """
     options = _checked(size, fit, channels, on_error)
+    if path is None:
+        raise VAEError("data.source.path must say which folder the images are in.")
     root = expanded(path)
     if not root.is_dir():
         raise VAEError(f"data.source.path={path} is not a folder.")
