@@ -25,6 +25,8 @@ class VAEModule(pl.LightningModule):
     the batch's seed. Terms are summed on the device and their mean is logged every `log_every_n_steps`; validation
     and test report `elbo`, `rate`, `distortion`, `bits_per_dim` and `active_units`, the test also `nll_iwK`
     with K = `nll_samples`. Raises VAEError as soon as a loss that is not finite is noticed.
+
+    For `pytorch_lightning.Trainer`: that of the unified `lightning` package takes only modules of its own base class.
     """
 
     def __init__(
