@@ -30,6 +30,8 @@ class VAEModule(pl.LightningModule):
     step a run ends on is followed by a validation. Validation and test report `elbo`, `rate`, `distortion`, `bits_per_dim`
     and `active_units`, the test also `nll_iwK` with K = `nll_samples`. Of a model that sums its label out these are of p(x),
     and `elbo_given_label` and so on of p(x|y). Raises VAEError as soon as a loss that is not finite is noticed.
+
+    For `pytorch_lightning.Trainer`: that of the unified `lightning` package takes only modules of its own base class.
     """
 
     def __init__(
