@@ -183,7 +183,8 @@ def _train(name: str, overrides: list[str], folder: Path) -> tuple[str, float, f
         config = compose("train", overrides)
     anew = False
     if (folder / "config.yaml").is_file():
-        stored, settled = (OmegaConf.to_container(c, resolve=True) for c in (read_config(folder), config))
+        stored: Any = OmegaConf.to_container(read_config(folder), resolve=True)
+        settled: Any = OmegaConf.to_container(config, resolve=True)
         changed = differences(stored, settled)
         anew = any(begins_with(key, MEASURING) or not begins_with(key, TAKEN_OVER) for key in changed)
     found, started = read_status(folder), time.monotonic()
@@ -193,7 +194,7 @@ def _train(name: str, overrides: list[str], folder: Path) -> tuple[str, float, f
     return name, status["seconds"], max(0.0, before)
 
 
-def logged(folder: Path, *keys: str) -> dict[str, list[float]]:
+def logged(folder: Path, *keys: str) -> dict[str, list[Any]]:
     """The course of a run: what metrics.csv, or TensorBoard's events where there is none, have under these keys, at the
     steps at which all were logged; the steps, which count from 0, under "step". A run that was cut off logs some twice."""
     if (path := folder / "metrics.csv").is_file():

@@ -14,6 +14,7 @@ from vae.precision import full_precision
 from vae.seeding import generator as generator_of
 
 if TYPE_CHECKING:
+    from vae.likelihoods import Likelihood
     from vae.networks.base import Decoder
     from vae.priors import Prior
 
@@ -111,14 +112,16 @@ class VAE(nn.Module):
         encoder: nn.Module,
         decoder: Decoder,
         prior: Prior,
-        likelihood: nn.Module,
+        likelihood: Likelihood,
         num_classes: int = 0,
         posterior: PosteriorFamily | None = None,
         latent_label: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.prior, self.likelihood = prior, likelihood
+        self.encoder: nn.Module = encoder
+        self.decoder: Decoder = decoder
+        self.prior: Prior = prior
+        self.likelihood: Likelihood = likelihood
         self.num_classes, self.latent_label = num_classes, latent_label
         self.posterior = DiagonalFamily(prior.latent_dim) if posterior is None else posterior
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vae.data.images import Rows, Splits, is_one_hot, labels_of, pixels_of, tensor_of
+from vae.data.images import ImageSet, Rows, Splits, is_one_hot, labels_of, pixels_of, tensor_of
 from vae.data.sources import Root
 from vae.data.splitting import split_rows, warn_of_duplicates
 from vae.data.storage import cache_folder, cached_bits, expanded, reason, require_regular
@@ -87,7 +87,7 @@ def _classes(y: Tensor | None) -> Tensor | None:
 
 
 @dataclass
-class Array:
+class Array(ImageSet):
     """Images as a file holds them, made uint8 or float32 (N, C, H, W) a batch at a time."""
 
     x: Tensor

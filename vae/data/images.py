@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,23 +12,37 @@ from torch import Tensor
 
 from vae.errors import VAEError
 
+if TYPE_CHECKING:
+    from vae.data.sprites import FactorGrid
 
-class ImageSet(Protocol):
-    """A split of a data set, addressed by index.
 
-    `shape` is (C, H, W); `gather(index (B,)) -> (x (B, C, H, W), y int64 (B, ...) or None)`, where x is uint8, or float32
-    in [0, 1], and y is a class label (B,) or, for data with known generative factors, their class indices (B, F).
-    """
+class ImageSet:
+    """A split of a data set, addressed by index. A set of one's own defines `shape`, `__len__` and `gather`."""
 
+    #: (C, H, W).
     shape: tuple[int, int, int]
+    #: Labels or factors of all images, int64 (N, ...), where they are held in memory; None where there are none.
+    y: Tensor | None = None
+    #: Whether images are read from disk one by one, and are therefore worth worker processes and not worth a look at all.
+    streaming: bool = False
+    #: The whole grid of generative factors that the split is of, where they are known.
+    grid: FactorGrid | None = None
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def gather(self, index: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def gather(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images of these rows, index (B,) -> (x (B, C, H, W), y int64 (B, ...) or None): x uint8, or float32 in [0, 1]; y a
+        class label (B,) or, for data with known generative factors, their class indices (B, F)."""
+        raise NotImplementedError
+
+    def subset(self, index: Tensor) -> ImageSet:
+        """The split of these rows alone."""
+        return Images(*self.gather(index))
 
 
 @dataclass
-class Images:
+class Images(ImageSet):
     """A split held whole in memory: x uint8, or float32 in [0, 1], (N, C, H, W); y int64 (N, ...) or None.
 
     NumPy arrays are taken as tensors, bool as black and white, other floats as float32, (N, H, W) as one channel;
@@ -57,16 +71,15 @@ class Images:
 
 
 @dataclass
-class Rows:
+class Rows(ImageSet):
     """Some images of a larger set, by row: nothing is copied, so that they may lie in a mapped file."""
 
     whole: ImageSet
     rows: Tensor  # int64 (n,)
     y: Tensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.whole.shape
+    def __post_init__(self) -> None:
+        self.shape = self.whole.shape
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -192,13 +205,13 @@ def accepted(splits: Splits) -> Splits:
 
 
 def _is_nearly_black(split: ImageSet) -> bool:
-    looked_at = min(1 if getattr(split, "streaming", False) else 1000, len(split))
+    looked_at = min(1 if split.streaming else 1000, len(split))
     return int(split.gather(torch.linspace(0, len(split) - 1, looked_at).long())[0].max()) == 1
 
 
 def _checked_floats(split: ImageSet, name: str) -> bool:
     """Whether a split's floats, which must lie in [0, 1], are all 0 or 1. One that is streamed is not looked at."""
-    if getattr(split, "streaming", False):
+    if split.streaming:
         return False
     binary = True
     for index in torch.arange(len(split)).split(1000):
@@ -221,11 +234,11 @@ def _checked_floats(split: ImageSet, name: str) -> bool:
 def _as_uint8(split: ImageSet) -> ImageSet:
     """A split of floats 0 and 1 as 0 and 255 in memory: the same images in a quarter of it."""
     parts = [(split.gather(index)[0] * 255).to(torch.uint8) for index in torch.arange(len(split)).split(1000)]
-    return Images(torch.cat(parts), getattr(split, "y", None))
+    return Images(torch.cat(parts), split.y)
 
 
 def _with_classes(splits: Splits) -> Splits:
-    labels = [getattr(split, "y", None) for split in splits]
+    labels = [split.y for split in splits]
     for name, y in zip(Splits._fields, labels, strict=True):
         if y is not None and y.min() < -1:
             raise VAEError(

@@ -72,7 +72,7 @@ class EpochSampler:
 class BatchLoader:
     """Yields `Batch`es of a split. Resumes in the middle of an epoch through `state_dict`.
 
-    A split in memory is gathered by index, with no worker and no collation; one that declares `streaming = True`
+    A split in memory is gathered by index, with no worker and no collation; one that is `streaming`
     goes through an ordinary `DataLoader` with `num_workers` processes. partners: makes those of a batch from its y.
     """
 
@@ -94,7 +94,7 @@ class BatchLoader:
         return len(self.sampler)
 
     def _gathered(self, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        if getattr(self.images, "streaming", False):
+        if self.images.streaming:
             return iter(
                 DataLoader(_Gather(self.images), sampler=indices, batch_size=None, num_workers=self.num_workers)
             )
@@ -172,7 +172,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.splits is not None:
             return
         splits = accepted(self.source())
-        self._all_labels = [getattr(split, "y", None) for split in splits]
+        self._all_labels = [split.y for split in splits]
         if self.limit is not None:
             splits = Splits(*(_first(split, self.limit) for split in splits))
         if self.batch_size > len(splits.train):
@@ -180,7 +180,7 @@ class ImageDataModule(pl.LightningDataModule):
                 f"data.batch_size={self.batch_size} is larger than the training split, which has {len(splits.train)} images."
             )
         if self.labelled is not None:
-            self._train_labels = getattr(splits.train, "y", None)
+            self._train_labels = splits.train.y
             classes = self._count_classes()
             splits = splits._replace(train=partly_labelled(splits.train, self.labelled, classes, self.split_seed))
         draw_once = {"static": (True, True, True), "dynamic": (False, True, True)}.get(self.binarize, (False,) * 3)
@@ -271,7 +271,7 @@ class ImageDataModule(pl.LightningDataModule):
     def train_mean(self) -> Tensor:
         """Mean training image in [0, 1], (C, H, W), over at most 10,000 of them (500 where each is read from a file)."""
         train = self.splits_ready().train
-        images = 500 if getattr(train, "streaming", False) else 10_000
+        images = 500 if train.streaming else 10_000
         index = torch.linspace(0, len(train) - 1, min(images, len(train))).long()
         total = sum(self.scale(train.gather(part)[0]).double().sum(0) for part in index.split(1000))
         return (total / len(index)).float()
@@ -377,4 +377,4 @@ def partly_labelled(split: ImageSet, labelled: int, classes: int, seed: int) -> 
 
 def _first(split: ImageSet, n: int) -> ImageSet:
     index = torch.arange(min(n, len(split)))
-    return split.subset(index) if hasattr(split, "subset") else Images(*split.gather(index))
+    return split.subset(index)

@@ -36,7 +36,7 @@ def partners_of(images: ImageSet, changed: int | str) -> Partners:
 
     Raises VAEError if the images have no such grid, or `changed` leaves nothing the same or nothing to change.
     """
-    grid = getattr(images, "grid", None)
+    grid = images.grid
     if grid is None:
         raise VAEError("Pairs of images need data with known factors: use data=sprites or dsprites.")
     sizes = torch.tensor(grid.factor_sizes)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae.data.images import Images, Splits
+from vae.data.images import Images, ImageSet, Splits
 from vae.data.storage import cache_folder, cached_bits, check, expanded, fetch, locked, reason, require_regular, unpack
 from vae.errors import VAEError
 from vae.files import write_atomically
@@ -279,7 +279,7 @@ def svhn(root: Root, val_size: int = 5000, seed: int = 0) -> Splits:
 
 
 @dataclass
-class ImageFiles:
+class ImageFiles(ImageSet):
     """A split decoded from its files on access, for a DataLoader with worker processes.
 
     Each image is cut to its central `crop` x `crop` pixels and resized to `size`, with antialiasing. y int64 (N, ...).
@@ -287,14 +287,13 @@ class ImageFiles:
 
     folder: Path
     names: Sequence[str]
-    y: Tensor
+    y: Tensor = field()
     size: int
     crop: int
     streaming: bool = field(default=True, init=False)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return 3, self.size, self.size
+    def __post_init__(self) -> None:
+        self.shape = (3, self.size, self.size)
 
     def __len__(self) -> int:
         return len(self.names)

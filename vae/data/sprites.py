@@ -14,7 +14,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vae.data.images import Splits
+from vae.data.images import ImageSet, Splits
 from vae.data.sources import Root
 from vae.data.storage import cache_folder, cached_bits, check, expanded, fetch, open_bits, reason
 from vae.errors import VAEError
@@ -42,7 +42,7 @@ DSPRITES_MD5 = "7da33b31b13a06f4b04a70402ce90c2e"
 # A grid of factors
 
 
-class FactorGrid:
+class FactorGrid(ImageSet):
     """Every combination of generative factors and its binary image: an `ImageSet` whose labels are the factors.
 
     Images are bits, eight to a byte, in row-major order of the factors; they are unpacked a batch at a time. A factor
@@ -108,15 +108,14 @@ class FactorGrid:
 
 
 @dataclass
-class FactorSplit:
+class FactorSplit(ImageSet):
     """Some images of a grid, by their index into it; the whole of it stays within reach as `grid`."""
 
-    grid: FactorGrid
+    grid: FactorGrid = field()
     rows: Tensor  # int64 (n,)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.grid.shape
+    def __post_init__(self) -> None:
+        self.shape = self.grid.shape
 
     def __len__(self) -> int:
         return len(self.rows)

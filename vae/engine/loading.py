@@ -150,7 +150,7 @@ class LoadedRun:
         if any(len(end) != 1 for end in ends):
             raise VAEError("interpolate() takes two single images.")
         weight = torch.linspace(0, 1, steps, device=self.device)[:, None]
-        return self.decode(torch.lerp(*ends, weight), y)
+        return self.decode(torch.lerp(ends[0], ends[1], weight), y)
 
     @torch.no_grad()
     def traverse(

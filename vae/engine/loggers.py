@@ -61,5 +61,6 @@ class LoggedRun(pl.Callback):
 
 def _finish(trainer: pl.Trainer) -> None:
     for logger in trainer.loggers:
-        if hasattr(run := getattr(logger, "experiment", None), "finish"):
-            run.finish()
+        finish = getattr(getattr(logger, "experiment", None), "finish", None)
+        if finish is not None:
+            finish()

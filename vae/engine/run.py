@@ -18,6 +18,7 @@ from vae.cli import TRANSIENT, command
 from vae.data.images import Splits
 from vae.data.module import ImageDataModule
 from vae.engine.build import build, run_length
+from vae.engine.callbacks.records import Reporter
 from vae.engine.checkpoints import choose_weights, load_weights, seconds_before
 from vae.engine.folder import (
     MEASURING,
@@ -146,7 +147,8 @@ def _fit_and_test(
         trainer.fit(module, data, ckpt_path=checkpoint)
     metrics = module.epoch_terms()
     for callback in trainer.callbacks:
-        metrics.update(getattr(callback, "metrics", {}))
+        if isinstance(callback, Reporter):
+            metrics.update(callback.metrics)
     metrics.update(_floats(trainer.callback_metrics, "val/"))
 
     metrics["val/best_loss"] = best.loss

@@ -17,7 +17,7 @@ MOVED = {
 
 
 #: Classes of Lightning's that configs of earlier versions name -> what stands there now, and its options by default.
-REPLACED = {
+REPLACED: dict[str, tuple[str, dict[str, Any]]] = {
     "pytorch_lightning.callbacks.ModelCheckpoint": (
         "vae.engine.checkpoints.Best",
         {"monitor": "val/loss", "mode": "min"},

@@ -54,13 +54,13 @@ def in_words(hint: Any) -> str:
 
 def _hints(made: Any) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(made.__init__ if isinstance(made, type) else made)
+        return typing.get_type_hints(type.__getattribute__(made, "__init__") if isinstance(made, type) else made)
     except Exception:  # names that are imported for type checkers alone
         return {name: hint for name, hint in _one_by_one(made).items() if hint is not None}
 
 
 def _one_by_one(made: Any) -> dict[str, Any]:
-    function = made.__init__ if isinstance(made, type) else made
+    function = type.__getattribute__(made, "__init__") if isinstance(made, type) else made
     found = {}
     for name, text in getattr(function, "__annotations__", {}).items():
         try:

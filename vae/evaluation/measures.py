@@ -101,7 +101,7 @@ def disentanglement(
     From `images` random points of the whole factor grid, or from all of it where it is no larger. metrics: names of
     `vae.evaluation.disentanglement.METRICS`; by default all but DCI and Chen's MIG, which take minutes.
     """
-    grid = getattr(getattr(data.splits_ready(), split), "grid", None)
+    grid = getattr(data.splits_ready(), split).grid
     if grid is None:
         raise VAEError(
             "measures=disentanglement needs a run on data whose generative factors are known: data=sprites or data=dsprites."

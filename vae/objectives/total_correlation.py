@@ -157,6 +157,7 @@ class BetaTCVAE(Objective):
 
     def parts(self, log_q: Tensor, sampling: str) -> LogDensities:
         """What mutual information and total correlation are the means of, estimated with these importance weights."""
+        assert self.dataset_size is not None, "setup() comes first"
         weights = log_importance_weights(len(log_q), self.dataset_size, sampling, log_q.device)
         return log_densities(log_q, weights)
 

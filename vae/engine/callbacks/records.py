@@ -79,7 +79,16 @@ def take_back(loggers: Iterable[Logger], step: int) -> None:
             logger.experiment.file_writer.add_event(mark, step)
 
 
-class Stopwatch(pl.Callback):
+class Reporter(pl.Callback):
+    """A callback with numbers of its own for metrics.json."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Name -> number, once training has ended."""
+        raise NotImplementedError
+
+
+class Stopwatch(Reporter):
     """Median seconds of a training epoch, validation and pictures left out; reported as `train/seconds_per_epoch`."""
 
     def __init__(self) -> None:
@@ -111,7 +120,7 @@ class HyperParameters(pl.Callback):
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = {k: v if isinstance(v, int | float | bool | str) else str(v) for k, v in settings.items()}
 
-    def on_test_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: pl.Trainer, module: Any) -> None:
         metrics = {
             name.replace("test/", "hparams/"): float(value)
             for name, value in trainer.callback_metrics.items()
