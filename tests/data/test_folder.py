@@ -286,7 +286,7 @@ def damaged(tmp_path):
     root = tmp_path / "damaged"
     write_many(root, *(f"{i}.png" for i in range(5)))
     whole = (root / "3.png").read_bytes()
-    (root / "bad.png").write_bytes(whole[: len(whole) // 2])
+    (root / "0-bad.png").write_bytes(whole[: len(whole) // 2])
     os.mkfifo(root / "pipe.png")
     (root / "lost.png").symlink_to(root / "nowhere")
     write(root, "floats.tiff", Image.fromarray(np.ones((8, 8), np.float32)))
@@ -303,13 +303,13 @@ def test_what_cannot_be_decoded_is_told_with_its_name(damaged, cache):
 
 def test_or_is_left_out_and_listed(damaged, cache, decodes):
     for _ in range(2):  # decoded, and from the cache
-        with pytest.warns(UserWarning, match="4 files of .*: bad.png .*, floats.tiff .it has 32 bits .*, lost.png"):
+        with pytest.warns(UserWarning, match="4 files of .*: 0-bad.png .*, floats.tiff .it has 32 bits .*, lost.png"):
             splits = folder(damaged, channels=3, on_error="skip")
         found = everything(splits)
         assert set(found) == {loaded(damaged / f"{i}.png") for i in range(5)}
     assert len(decodes) == 9
     listed = next(cache.glob("*.skipped.txt")).read_text().splitlines()
-    assert [line.split(":")[0] for line in listed] == ["bad.png", "floats.tiff", "lost.png", "pipe.png"]
+    assert [line.split(":")[0] for line in listed] == ["0-bad.png", "floats.tiff", "lost.png", "pipe.png"]
 
 
 def test_a_folder_of_nothing_that_can_be_decoded_is_refused(tmp_path):
@@ -341,7 +341,7 @@ def test_files_are_decoded_once_until_one_of_them_changes(tmp_path, cache, decod
     assert len(list(cache.glob("folder-*.images"))) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "garbled", "pipe"])
+@pytest.mark.parametrize("damage", ["cut", "shortened", "emptied", "garbled", "pipe"])
 def test_a_cache_that_is_not_whole_is_made_again(damage, tmp_path, cache, decodes):
     root = write_many(tmp_path / "here", *(f"{i}.png" for i in range(5)))
     whole = everything(folder(root))
@@ -351,7 +351,11 @@ def test_a_cache_that_is_not_whole_is_made_again(damage, tmp_path, cache, decode
     if damage == "pipe":
         os.mkfifo(path)
     else:
-        path.write_bytes({"cut": content[:-100], "emptied": b"", "garbled": content[:-8] + b"\xff" * 8}[damage])
+        path.write_bytes(
+            {"cut": content[:-100], "shortened": content[1:], "emptied": b"", "garbled": content[:-8] + b"\xff" * 8}[
+                damage
+            ]
+        )
     assert everything(folder(root)) == whole
     assert len(decodes) == 10
     assert path.read_bytes() == content
