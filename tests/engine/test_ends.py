@@ -286,6 +286,7 @@ def test_a_run_resumed_where_early_stopping_stops_it_ends_there(kill, apart, tin
     assert trained(config, tmp_path / "cut", resume=True) == whole
     assert checkpoint(tmp_path / "cut", "last")["steps"] == checkpoint(tmp_path / "whole", "last")["steps"]
     assert rows_of(tmp_path / "cut", "epoch") == rows_of(tmp_path / "whole", "epoch")
+    assert json.loads((tmp_path / "cut" / "status.json").read_text())["epochs"] == 2 * apart
 
 
 # --- training terms ---------------------------------------------------------------------------------------------------

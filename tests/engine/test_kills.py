@@ -197,7 +197,11 @@ FAMILIES = {
         "trainer.check_val_every_n_epoch=2",
     ],
     "learning rate": ["lr_schedule=cosine"],
-    "an end between validations": ["trainer.check_val_every_n_epoch=3", "trainer.max_steps=34"],
+    "an end between validations": [
+        "trainer.check_val_every_n_epoch=3",
+        "trainer.max_epochs=20",
+        "trainer.max_steps=62",
+    ],
     "csv": [
         "logger=csv",
         "callbacks.pictures=null",
