@@ -89,8 +89,10 @@ def folder(
         {name: decoded.hashes[place[part].numpy()] for name, part in rows.items()},
         lambda split, i: files[kept[int(rows[split][i])]].name,
     )
+    names = [files[row].name for row in kept]
+    parts = (rows[n] for n in Splits._fields)
     return Splits(
-        *(Rows(whole, place[part], None if y is None else y[part]) for part in (rows[n] for n in Splits._fields))
+        *(Rows(whole, place[part], None if y is None else y[part], [names[i] for i in part.tolist()]) for part in parts)
     )
 
 

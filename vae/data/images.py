@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,8 @@ class ImageSet:
     shape: tuple[int, int, int]
     #: Labels or factors of all images, int64 (N, ...), where they are held in memory; None where there are none.
     y: Tensor | None = None
+    #: What each image is called, where it has a name, such as that of its file.
+    names: Sequence[str] | None = None
     #: Whether images are read from disk one by one, and are therefore worth worker processes and not worth a look at all.
     streaming: bool = False
     #: The whole grid of generative factors that the split is of, where they are known.
@@ -77,6 +80,7 @@ class Rows(ImageSet):
     whole: ImageSet
     rows: Tensor  # int64 (n,)
     y: Tensor | None = None
+    names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self.shape = self.whole.shape
@@ -88,7 +92,8 @@ class Rows(ImageSet):
         return self.whole.gather(self.rows[index])[0], None if self.y is None else self.y[index]
 
     def subset(self, index: Tensor) -> Rows:
-        return Rows(self.whole, self.rows[index], None if self.y is None else self.y[index])
+        names = None if self.names is None else [self.names[i] for i in index.tolist()]
+        return Rows(self.whole, self.rows[index], None if self.y is None else self.y[index], names)
 
 
 class Splits(NamedTuple):

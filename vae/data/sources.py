@@ -286,7 +286,7 @@ class ImageFiles(ImageSet):
     """
 
     folder: Path
-    names: Sequence[str]
+    names: Sequence[str] = field()
     y: Tensor = field()
     size: int
     crop: int

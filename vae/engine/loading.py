@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", trust: bool = False) -> LoadedRun:
-    """A finished run, from its folder: the weights that were tested, in evaluation mode, without gradients.
+    """A finished run, from its folder or an exported one: the weights that were tested, in evaluation mode, without gradients.
 
     trust: import and call classes of other packages that the config names; this package's own always are. No code in the
     checkpoint is ever run. Raises VAEError for a folder that holds no finished run.
@@ -41,40 +42,81 @@ class LoadedRun:
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", trust: bool = False) -> None:
-        self.path = path
-        if not (path / "config.yaml").is_file():
-            raise VAEError(f"{path} is not a run folder: it has no config.yaml.")
+        self.path, self.exported = path, (path / "model.safetensors").is_file()
+        #: The run's resolved config, as nested dictionaries.
+        self.config: dict[str, Any] = self._read_config()
+        #: What training wrote of the data and the likelihood (facts.json).
+        self.facts: dict[str, Any] = self._read_facts()
         try:
-            #: The run's resolved config, as nested dictionaries.
-            self.config: dict[str, Any] = renewed(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise VAEError(f"{path / 'config.yaml'} is damaged and cannot be read.") from error
-        facts = _facts(path, self)
+            facts = ImageFacts(
+                tuple(self.facts["image_shape"]), self.facts["num_classes"], self.facts.get("latent_label", False)
+            )
+        except (KeyError, TypeError) as error:
+            raise VAEError(f"{path}: the facts of the run are damaged.") from error
 
         def grey(n: int) -> Tensor:
             return torch.full((n, *facts.image_shape), 0.5)  # in place of training images: the weights replace it
 
         with torch.random.fork_rng(devices=[]):
             vae = assemble(self.config, facts, grey, partial(make_trusted, trust=trust))
-        weights = read_checkpoint(path / "checkpoints" / "best.ckpt")["state_dict"]
-        own = {key.removeprefix("vae."): value for key, value in weights.items() if key.startswith("vae.")}
         try:
-            vae.load_state_dict(own)
+            vae.load_state_dict(self._read_weights())
         except RuntimeError as error:
-            raise VAEError(f"The checkpoint in {path} is of another model than its config describes.") from error
+            raise VAEError(f"The weights in {path} are of another model than its config describes.") from error
         #: The model, in evaluation mode, its parameters without gradients.
         self.vae: VAE = vae.eval().requires_grad_(False).to(device)
         self.device, self.image_shape = torch.device(device), facts.image_shape
 
+    # --- what is read -----------------------------------------------------------------------------------------------
+
+    def _read_config(self) -> dict[str, Any]:
+        if self.exported:
+            return self._card["config"]
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            raise VAEError(f"{self.path} is not a run folder: it has no config.yaml.")
+        try:
+            return renewed(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise VAEError(f"{path} is damaged and cannot be read.") from error
+
+    @cached_property
+    def _card(self) -> dict[str, Any]:
+        return _read_json(self.path / "config.json")
+
+    def _read_facts(self) -> dict[str, Any]:
+        if self.exported:
+            return self._card["facts"]
+        if (self.path / "facts.json").is_file():
+            return _read_json(self.path / "facts.json")
+        from vae.engine.build import image_facts, instantiate  # of a run that an earlier version made: from its data
+        from vae.engine.folder import read_config
+
+        return asdict(image_facts(self.data, instantiate(read_config(self.path).objective)))
+
+    def _read_weights(self) -> dict[str, Tensor]:
+        if self.exported:
+            try:
+                from safetensors.torch import load_file
+            except ImportError as error:
+                raise VAEError("An exported model needs safetensors: pip install 'vae[export]'.") from error
+            return load_file(self.path / "model.safetensors")
+        weights = read_checkpoint(self.path / "checkpoints" / "best.ckpt")["state_dict"]
+        return {key.removeprefix("vae."): value for key, value in weights.items() if key.startswith("vae.")}
+
     @cached_property
     def metrics(self) -> dict[str, float]:
         """What training measured (metrics.json), by name; names say the split, and nats unless they say otherwise."""
+        if self.exported:
+            return self._card["metrics"]
         path = self.path / "metrics.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return _read_json(path) if path.is_file() else {}
 
     @cached_property
     def data(self) -> ImageDataModule:
         """The run's data set, loaded on first use. Raises VAEError where it is not to be found."""
+        if self.exported:
+            raise VAEError(f"{self.path} is an exported model, which has no data set.")
         from vae.engine.build import build_data
         from vae.engine.folder import read_config
 
@@ -177,15 +219,11 @@ class LoadedRun:
         return f"LoadedRun({str(self.path)!r}, latent_dim={self.vae.latent_dim}{', ' + numbers if numbers else ''})"
 
 
-def _facts(path: Path, run: LoadedRun) -> ImageFacts:
-    """From facts.json; of a run that an earlier version made, from its data set."""
-    if (path / "facts.json").is_file():
-        try:
-            stored: Mapping[str, Any] = json.loads((path / "facts.json").read_text())
-            return ImageFacts(tuple(stored["image_shape"]), stored["num_classes"], stored["latent_label"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise VAEError(f"{path / 'facts.json'} is damaged.") from error
-    from vae.engine.build import image_facts, instantiate
-    from vae.engine.folder import read_config
-
-    return image_facts(run.data, instantiate(read_config(path).objective))
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VAEError(f"{path} is damaged and cannot be read.") from error
+    if not isinstance(found, dict):
+        raise VAEError(f"{path} is damaged: it holds no names and values.")
+    return found

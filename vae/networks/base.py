@@ -108,7 +108,7 @@ def with_label(features: Tensor, y: Tensor | None, num_classes: int) -> Tensor:
         return features
     if y.ndim == 1:
         y = F.one_hot(y, num_classes)
-    if y.shape != (len(features), num_classes):
+    if y.shape != (features.shape[0], num_classes):  # not len(), which would fix the size of an exported program
         raise VAEError(f"Labels are (B,) or (B, {num_classes}) for {len(features)} images, not {tuple(y.shape)}.")
     return torch.cat([features, y.to(features.dtype)], dim=-1)
 

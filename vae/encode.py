@@ -1,0 +1,35 @@
+"""`python -m vae.encode run=FOLDER split=test out=latents.npz`: the latents of a split, for another model or program."""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from vae.cli import CONFIGS, quote_run, sentences
+
+
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="encode")
+def main(config: DictConfig) -> None:
+    """Writes means, log-variances, a draw and labels of each image, and the latents' mean and standard deviation."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    with sentences():
+        from vae.engine.build import build_data
+        from vae.engine.latents import write_latents
+        from vae.engine.loading import load
+        from vae.errors import choose, whole
+
+        split = choose("split", config.split, ("train", "val", "test"))
+        run = load(config.run, trust=config.trust)
+        other = config.get("data") is not None
+        data = build_data(DictConfig({"data": config.data, "seed": 0})) if other else run.data
+        data.eval_batch_size = whole("batch_size", config.batch_size)
+        n = write_latents(run, data, split, Path(config.out))
+    Console().print(f"Latents of {n} images: {config.out}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    quote_run()
+    main()

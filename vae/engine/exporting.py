@@ -1,0 +1,140 @@
+"""A trained model on its own: safetensors and a config that `vae.load` reads, a card, and programs for other runtimes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vae
+from vae.engine.loading import LoadedRun
+from vae.errors import VAEError
+from vae.files import write_atomically, write_text
+
+FORMATS = ("safetensors", "torch_export", "onnx")
+#: The parts of a run's config that its model is assembled from.
+PARTS = ("model", "network", "likelihood", "prior", "posterior")
+
+
+class EncoderProgram(nn.Module):
+    """Images (B, C, H, W) [, labels] -> what the posterior family is given, (B, encoder_outputs): for a diagonal Gaussian mean
+    and log-variance side by side."""
+
+    def __init__(self, model: vae.VAE) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.encoder(x) if y is None else self.encoder(x, y)
+
+
+class DecoderProgram(nn.Module):
+    """Latents (B, D) [, labels] -> mean images (B, C, H, W)."""
+
+    def __init__(self, model: vae.VAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.model.mean_image(z, y)
+
+
+def export(run: LoadedRun, out: Path, form: str = "safetensors", licence: str | None = None) -> list[str]:
+    """Write a model into a new folder and return the names of its files. Raises VAEError where the folder is not empty, a
+    package is missing, or the model is not one program (an autoregressive decoder draws pixel by pixel)."""
+    if out.exists() and any(out.iterdir()):
+        raise VAEError(f"out={out} exists already and is not empty: choose another folder.")
+    if form != "safetensors" and run.vae.autoregressive:
+        raise VAEError(f"format={form} needs a decoder that makes an image in one pass: this one is autoregressive.")
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise VAEError("Exporting needs safetensors: pip install 'vae[export]'.") from error
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous().clone() for name, value in run.vae.state_dict().items()}
+    write_atomically(out / "model.safetensors", lambda file: file.write(save(weights)))
+    config = {key: run.config.get(key) for key in PARTS}
+    card = {"vae": vae.__version__, "config": config, "facts": run.facts, "metrics": run.metrics}
+    write_text(out / "config.json", json.dumps(card, indent=2) + "\n")
+    write_text(out / "README.md", model_card(run, licence))
+    names = ["model.safetensors", "config.json", "README.md"]
+    return names + {"safetensors": lambda *_: [], "torch_export": _torch_export, "onnx": _onnx}[form](run, out)
+
+
+def model_card(run: LoadedRun, licence: str | None) -> str:
+    """What the model is, how it was trained and measured, and how it is loaded, as Markdown."""
+    facts, config = run.facts, run.config
+    kept = ("elbo", "rate", "distortion", "bits_per_dim", "active_units")
+    numbers = {
+        k: v for k, v in run.metrics.items() if k.startswith("test/") and (k[5:] in kept or k[5:].startswith("nll"))
+    }
+    rows = "".join(f"| {name.removeprefix('test/')} | {value:.4f} |\n" for name, value in numbers.items())
+    settings = {
+        "data": facts.get("data", "not recorded"),
+        "image shape": tuple(facts["image_shape"]),
+        "latent size": run.vae.latent_dim,
+        "network": config["network"]["_target_"],
+        "likelihood": config["likelihood"]["_target_"],
+        "prior": config["prior"]["_target_"],
+        "objective": (config.get("objective") or {}).get("_target_", "not recorded"),
+        "beta": (config.get("objective") or {}).get("beta", "not recorded"),
+        "seed": config.get("seed", "not recorded"),
+    }
+    described = "".join(f"| {name} | {value} |\n" for name, value in settings.items())
+    return (
+        f"---\nlibrary_name: vae\nlicense: {licence or 'unknown'}\ntags: [variational-autoencoder]\n---\n\n"
+        f"# A variational autoencoder of {settings['data']}\n\n| setting | value |\n|---|---|\n{described}\n"
+        f"Measured on the test split, in nats per image unless said otherwise:\n\n| metric | value |\n|---|---|\n{rows}\n"
+        "```python\nimport vae\n\nrun = vae.load(FOLDER)\nimages = run.sample(16, seed=0)\n```\n"
+    )
+
+
+def _programs(run: LoadedRun) -> dict[str, tuple[nn.Module, tuple[Tensor, ...]]]:
+    """Encoder and decoder, each with example inputs of two images."""
+    labels = (torch.zeros(2, dtype=torch.long),) if run.vae.num_classes else ()
+    return {
+        "encoder": (EncoderProgram(run.vae).eval(), (torch.full((2, *run.image_shape), 0.5), *labels)),
+        "decoder": (DecoderProgram(run.vae).eval(), (torch.zeros(2, run.vae.latent_dim), *labels)),
+    }
+
+
+def _any_batch(inputs: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
+    """The same size of the first dimension of all inputs, whatever it is."""
+    batch = torch.export.Dim("batch")
+    return tuple({0: batch} for _ in inputs)
+
+
+def _torch_export(run: LoadedRun, out: Path) -> list[str]:
+    names = []
+    for name, (program, inputs) in _programs(run).items():
+        torch.export.save(torch.export.export(program, inputs, dynamic_shapes=_any_batch(inputs)), out / f"{name}.pt2")
+        names.append(f"{name}.pt2")
+    return names
+
+
+def _onnx(run: LoadedRun, out: Path) -> list[str]:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise VAEError("format=onnx needs onnx and onnxscript: pip install 'vae[onnx]'.") from error
+    names = []
+    for name, (program, inputs) in _programs(run).items():
+        outputs = {"encoder": "parameters", "decoder": "images"}[name]
+        first = {"encoder": "images", "decoder": "latents"}[name]
+        torch.onnx.export(
+            program,
+            inputs,
+            str(out / f"{name}.onnx"),
+            dynamo=True,
+            input_names=[first, *["labels"][: len(inputs) - 1]],
+            output_names=[outputs],
+            dynamic_shapes=_any_batch(inputs),
+            external_data=False,
+            verbose=False,
+        )
+        names.append(f"{name}.onnx")
+    return names
