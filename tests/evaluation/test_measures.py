@@ -162,6 +162,7 @@ def kept(folder, split="test"):
 
 
 def test_each_measure_is_kept_as_soon_as_it_is_there_and_an_interruption_says_where(folder, monkeypatch):
+    @functools.wraps(MEASURES["ais"])
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
