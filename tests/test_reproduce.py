@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+import yaml
 
 from vae.cli import CONFIGS, duration
 from vae.errors import VAEError
 from vae.experiment import Context
 from vae.report import page
+from vae.report.runs import flatten
 from vae.reproduce import FIGURE_BYTES, Experiment, _draw, first_source, main, markdown, names
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -249,9 +250,9 @@ def test_a_list_names_the_first_author_and_year_of_what_is_rerun():
 
 def test_no_config_of_a_quick_form_is_without_effect():
     for path in sorted(Path(CONFIGS, "experiment").glob("*_quick.yaml")):
-        with initialize_config_dir(CONFIGS, version_base="1.3"):
-            full, quick = (compose("train", [f"experiment={n}"]) for n in (path.stem.removesuffix("_quick"), path.stem))
-        assert quick != full, f"{path.name} changes nothing"
+        base = path.with_name(path.name.replace("_quick", ""))
+        quick, full = (flatten(yaml.safe_load(config.read_text())) for config in (path, base))
+        assert any(full.get(key) != value for key, value in quick.items() if key != "defaults"), path.name
 
 
 def test_all_experiments_have_their_turn_though_one_cannot_be_run(fake, capsys):
