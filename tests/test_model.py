@@ -1,6 +1,7 @@
 import torch
 from linear_gaussian import LinearGaussian
 
+from vae.engine.build import build
 from vae.seeding import generator
 
 
@@ -32,3 +33,14 @@ def test_reconstructions_are_deterministic_and_at_the_posterior_mean():
     x = LinearGaussian().batch(3).x
     assert torch.equal(vae.reconstruct(x), vae.reconstruct(x))
     torch.testing.assert_close(vae.reconstruct(x), vae.decode(vae.encode(x).mean)[:, 0])
+
+
+def test_under_autocast_images_are_those_of_the_decoders_numbers_in_float32(tiny):
+    _, module = build(tiny("likelihood=continuous_bernoulli"))
+    vae, z = module.vae, torch.randn(4, 3, generator=generator("z"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        narrow = vae.decoder(z)
+        image, draw = vae.mean_image(z), vae.draw_image(z, generator("pixels"))
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(image, vae.likelihood.mean(narrow.float()))
+    assert torch.equal(draw, vae.likelihood.sample(narrow.float(), generator("pixels")))
