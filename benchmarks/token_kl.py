@@ -29,7 +29,7 @@ from vae.token_kl import token_kl
 
 HERE = Path(__file__).parent
 VOCABULARY, WIDTH = 128_000, 256
-TOKENS, MEASURED = 4096, 512
+TOKENS, MEASURED = 4096, 256
 CHUNKS = (32, 64, 256)
 
 
@@ -160,7 +160,7 @@ def table(results: dict[str, Any]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=MEASURED, help="tokens that are really computed (default 512)")
+    parser.add_argument("--tokens", type=int, default=MEASURED, help="tokens that are really computed (default 256)")
     results = benchmark(parser.parse_args().tokens)
     write_json(HERE / "results" / "token_kl.json", {**surroundings(), **results})
     text = table(results).markdown()

@@ -43,19 +43,15 @@ def figure(results: dict[str, Any]) -> Figure:
         xlabel="distance of pi_old", yscale="log", ylabel="sd / norm of the gradient", title="Its deviation, one answer"
     )
     for penalty in results["tuned"]:
-        words = f"{results['reuse']} steps a batch" if penalty != "target" else "1 step a batch"
-        name = penalty if penalty != "target" else "exact, fresh samples"
-        third.plot(
-            tuned(results, penalty, "kl"),
-            tuned(results, penalty, "reward"),
-            "*" if penalty == "target" else "o",
-            ms=10 if penalty == "target" else 6,
-            mec="white",
-            color=OF_PENALTY[penalty],
-            label=f"{name}, {words}" if penalty == "target" else name,
-        )
+        name = "exact, fresh samples" if penalty == "target" else penalty
+        trace = [sum(of_seeds) / len(of_seeds) for of_seeds in zip(*tuned(results, penalty, "trace"), strict=True)]
+        steps = [results["reuse"] * (i + 1) for i in range(len(trace))]
+        third.plot(steps, trace, color=OF_PENALTY[penalty], lw=1.4, ls="--" if penalty == "target" else "-", label=name)
+    third.axvline((1 - results["judged"]) * steps[-1], color="#667080", lw=0.8, ls=(0, (1, 2)))
     third.set(
-        xlabel="KL(pi || pi_ref), nats an answer", ylabel="reward", title=f"Tuned, {results['reuse']} steps a batch"
+        xlabel="optimiser step",
+        ylabel="KL(pi || pi_ref), nats an answer",
+        title=f"Tuned, {results['reuse']} steps a batch",
     )
     third.legend(fontsize=7)
     return fig

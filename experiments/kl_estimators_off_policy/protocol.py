@@ -17,15 +17,14 @@ SHARED = {
     "distances": [0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5],
     "policies": [1, 2, 3],
     "split": 0,
-    "classifier": {"snippets": 300, "epochs": 40, "batch": 50, "lr": 3e-3, "dropout": 0.2},
+    "classifier": {"snippets": 300, "epochs": 20, "batch": 50, "lr": 3e-3, "dropout": 0.2},
     "prompt": 16,
     "group": 8,
-    "batch": 64,
-    "lr": 2.5e-3,
-    "beta": 0.05,
+    "lr": 3e-3,
+    "beta": 0.03,
     "clip": 0.2,
     "reuse": 8,
-    "evaluated": 512,
+    "judged": 0.25,  # the last part of the steps, over which the KL is averaged
     "target": "loss_exact, prefix",
 }
 SETTINGS = {
@@ -33,8 +32,10 @@ SETTINGS = {
         **SHARED,
         "width": 64,
         "pretraining": {"steps": 400, "batch": 32, "length": 32, "lr": 8e-3, "dropout": 0.1},
-        "answer": 32,
-        "steps": 96,
+        "answer": 16,
+        "batch": 64,
+        "steps": 240,
+        "evaluated": 256,
         "seeds": [1, 2, 3],
         "penalties": ["loss_k2", "loss_k3", "loss_k3_is, prefix", "loss_exact, prefix"],
     },
@@ -42,8 +43,10 @@ SETTINGS = {
         **SHARED,
         "width": 96,
         "pretraining": {"steps": 600, "batch": 32, "length": 32, "lr": 8e-3, "dropout": 0.1},
-        "answer": 48,
-        "steps": 160,
+        "answer": 32,
+        "batch": 128,
+        "steps": 480,
+        "evaluated": 512,
         "seeds": [1, 2, 3],
         "penalties": [
             "loss_k2",
@@ -85,6 +88,7 @@ def measure(context: Context) -> dict[str, Any]:
         },
         "beta": settings["beta"],
         "reuse": settings["reuse"],
+        "judged": settings["judged"],
         "tuned": {
             penalty: [policies[names[penalty, seed]] for seed in seeds]
             for penalty in ("target", *settings["penalties"])

@@ -20,9 +20,7 @@ from vae.seeding import generator
 SHARED = {
     "split": 0,
     "prompt": 16,
-    "batch": 64,
     "lr": 4e-3,
-    "evaluated": 512,
     # share of the student's own answers, the others being real text; divergence; whether its gradient is that of whole
     # answers
     "methods": {
@@ -42,18 +40,22 @@ SETTINGS = {
         **SHARED,
         "width": 96,
         "pretraining": {"steps": 400, "batch": 32, "length": 32, "lr": 8e-3, "dropout": 0.1},
-        "student": {"width": 24, "pretraining": {"steps": 60, "batch": 32, "length": 32, "lr": 1e-2, "dropout": 0.0}},
+        "student": {"width": 24, "pretraining": {"steps": 200, "batch": 32, "length": 32, "lr": 1e-2, "dropout": 0.0}},
         "answer": 32,
-        "updates": 100,
-        "seeds": [1],
+        "batch": 48,
+        "updates": 80,
+        "evaluated": 256,
+        "seeds": [1, 2, 3],
     },
     "full": {
         **SHARED,
         "width": 128,
         "pretraining": {"steps": 700, "batch": 32, "length": 32, "lr": 8e-3, "dropout": 0.15},
-        "student": {"width": 32, "pretraining": {"steps": 100, "batch": 32, "length": 32, "lr": 1e-2, "dropout": 0.0}},
+        "student": {"width": 32, "pretraining": {"steps": 300, "batch": 32, "length": 32, "lr": 1e-2, "dropout": 0.0}},
         "answer": 48,
+        "batch": 64,
         "updates": 250,
+        "evaluated": 512,
         "seeds": [1, 2, 3],
     },
 }

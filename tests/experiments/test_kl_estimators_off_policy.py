@@ -119,14 +119,15 @@ def results(written):
     """The exact part as written, and a tuned part as the claims would have it."""
 
     def policies(kl: float, objective: float):
-        return [{"reward": 0.7, "kl": kl + 0.01 * seed, "objective": objective} for seed in range(3)]
+        trace = [1.0] * 15 + [kl] * 5
+        return [{"reward": 0.7, "kl": kl, "objective": objective, "trace": trace} for _ in range(3)]
 
     tuned = {name: policies(5.0, 0.5) for name in written["tuned"]} | {
         "loss_exact, prefix": policies(4.0, 0.6),
         "loss_k3_is, prefix": policies(4.1, 0.6),
         "target": policies(3.0, 0.65),
     }
-    return {**written, "tuned": tuned}
+    return {**written, "tuned": tuned, "judged": 0.25}
 
 
 def test_every_claim_holds_of_results_that_bear_it_out(results):
@@ -136,11 +137,11 @@ def test_every_claim_holds_of_results_that_bear_it_out(results):
 @pytest.mark.parametrize(
     ("penalty", "changed", "word"),
     [
-        ("loss_k3_is, prefix", {"kl": 4.6}, "w k3 of the prefix ends"),
-        ("loss_k3_is, prefix", {"kl": 3.4}, "w k3 of the prefix ends"),
-        ("loss_k2", {"kl": 4.1}, "k2 without its ratio drifts"),
-        ("loss_k3", {"kl": 3.0}, "k3 without its ratio drifts"),
-        ("loss_k2", {"objective": 0.7}, "(k2)"),
+        ("loss_k3_is, prefix", {"trace": [4.0] * 15 + [4.6] * 5}, "w k3 of the prefix holds"),
+        ("loss_k3_is, prefix", {"trace": [4.0] * 15 + [3.4] * 5}, "w k3 of the prefix holds"),
+        ("loss_k2", {"trace": [9.0] * 15 + [4.1] * 5}, "k2 without its ratio drifts"),
+        ("loss_k3", {"trace": [9.0] * 15 + [3.0] * 5}, "k3 without its ratio drifts"),
+        ("loss_k2", {"objective": 0.7}, "and k2 reaches less"),
     ],
 )
 def test_a_claim_on_tuning_misses_where_its_target_is_missed(results, penalty, changed, word):
