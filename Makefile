@@ -8,7 +8,7 @@ QUICK ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep train evaluate report reproduce reproduce-list bench bench-peers tensorboard test test-all test-lowest lint types docs clean
+.PHONY: help setup sweep train evaluate report reproduce reproduce-list bench bench-peers tensorboard test test-all test-lowest mutants lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ tensorboard: setup  ## open what was logged, on localhost; RUN=folder (default: 
 
 test: setup lint types  ## what CI runs: lint, types, then the everyday tests (under four minutes)
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+mutants: setup  ## plant each fault of tests/faults.json in a copy and see it caught (half an hour)
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 test-all: setup lint types  ## the same with all tests, slow ones included
 	$(BIN)/python -m pytest -m 'slow or not slow'
