@@ -26,10 +26,11 @@ def full_precision(t: Tensor) -> Tensor:
 def scaled_square(difference: Tensor, log_var: Tensor) -> Tensor:
     """difference^2 exp(-log_var), elementwise, where the exponential overflows and the square underflows too.
 
-    Where a variance is out of the exponential's range, `shift` of it is taken to the difference before that is squared;
-    elsewhere the difference is multiplied by exactly 1. The product does not depend on `shift`, so no gradient passes
-    through that. A difference of 0 gives 0 at every finite log-variance.
+    Where a variance is out of the exponential's range, all of it is taken to the difference, in two steps, before that is
+    squared; elsewhere the difference is multiplied by exactly 1. The product does not depend on `shift`, so no gradient
+    passes through that. A difference of 0 gives 0 at every finite log-variance.
     """
     limit = 0.9 * math.log(torch.finfo(log_var.dtype).max)  # 80 in float32, 639 in float64
-    shift = log_var.detach().clamp(-limit, limit) - log_var.detach()
-    return (difference * torch.exp((0.5 * shift).clamp(max=limit))).square() * torch.exp(-(log_var + shift))
+    shift = torch.where(log_var.abs() <= limit, 0.0, -log_var).detach()
+    step = torch.exp((0.25 * shift).clamp(max=limit))
+    return (difference * step * step).square() * torch.exp(-(log_var + shift))
