@@ -1,7 +1,7 @@
 """`make mutants`: plant single faults in a copy of the tree, one at a time, and see whether the tests that should notice do.
 
-`python tests/mutants.py [WORD ...]` plants those whose file or text holds one of the words. faults.json lists them: a file, what
-is replaced (its first occurrence), by what, and the tests. A forked child with its imports done runs them. Exit code 1 if
+`python tests/mutants.py [WORD ...]` plants those whose file or text holds one of the words. faults.json lists them: a file,
+what is replaced (its first occurrence), by what, and the tests. A forked child with its imports done runs them. Exit code 1 if
 fewer than 98 in 100 are caught; a fault whose text is gone from the code counts as not caught.
 """
 
