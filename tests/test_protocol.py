@@ -60,6 +60,7 @@ def test_the_tested_weights_are_the_best_on_validation_whatever_the_test_split_w
     assert elbo(last, data, "test") > elbo(best, data, "test") + 0.5  # the test split would choose the last
     assert metrics["test/elbo"] == pytest.approx(elbo(best, data, "test"), abs=1e-4)
     assert metrics["val/best_loss"] < metrics["val/loss"] - 0.5
+    assert metrics["val/best_elbo"] == pytest.approx(elbo(best, data, "val"), abs=1e-4) != metrics["val/elbo"]
 
 
 def validated(config, state, step: int = 0) -> dict[str, float]:

@@ -41,7 +41,7 @@ def job(tmp_path):
 
 def test_a_job_of_a_sweep_that_is_started_again_goes_on_whatever_the_sweep_was_asked(job, tmp_path, monkeypatch):
     first = job("seed=1")
-    assert first == json.loads((tmp_path / "job" / "metrics.json").read_text())["val/elbo"]
+    assert first == json.loads((tmp_path / "job" / "metrics.json").read_text())["val/best_elbo"]
     assert OmegaConf.load(tmp_path / "job" / "overrides.yaml") == ["seed=1"]
     last = tmp_path / "job" / "checkpoints" / "last.ckpt"
     stamp = last.stat().st_mtime_ns

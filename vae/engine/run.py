@@ -152,7 +152,11 @@ def _fit_and_test(
     metrics.update(_floats(trainer.callback_metrics, "val/"))
 
     metrics["val/best_loss"] = best.loss
-    metrics["val/best_epoch"] = float(load_weights(module, folder / "checkpoints" / "best.ckpt")["epoch"])
+    chosen = load_weights(module, folder / "checkpoints" / "best.ckpt")
+    metrics["val/best_epoch"] = float(chosen["epoch"])
+    for name, value in chosen.get("validation", {}).items():  # an earlier version's best.ckpt does not say
+        if name in ("val/elbo", "val/rate", "val/distortion"):  # of the weights that are tested: what a search compares
+            metrics[f"val/best_{name.removeprefix('val/')}"] = float(value)
     epochs = -(-module.steps // trainer.num_training_batches)
     with interruptions(trainer):
         trainer.test(module, data, verbose=False)

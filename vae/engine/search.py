@@ -23,10 +23,10 @@ def sweep_directions(config: DictConfig) -> list[str]:
     metrics = metrics_of(config)
     given = config.sweep_direction
     given = [given] * len(metrics) if given is None or isinstance(given, str) else list(given)
-    known = {"elbo": "maximize", **dict.fromkeys(("loss", "best_loss", "distortion", "bits_per_dim"), "minimize")}
+    known = {"elbo": "maximize", **dict.fromkeys(("loss", "distortion", "bits_per_dim"), "minimize")}
     directions = []
     for metric, direction in itertools.zip_longest(metrics, given):
-        name = str(metric).rpartition("/")[2]
+        name = str(metric).rpartition("/")[2].removeprefix("best_")
         direction = direction or known.get("loss" if name.startswith("nll") else name)
         if direction not in ("maximize", "minimize") or metric is None:
             raise VAEError(
