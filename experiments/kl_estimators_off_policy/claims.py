@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
 from experiments.kl_estimators_off_policy.exact import key
-from vae.claims import Claim, Table, spread
+from vae.claims import Claim, Table, above, below, listed, ordered, spread, within
 
 ROUNDING = 1e-12
 ONE_TOKEN = {  # unbiased on-policy and off
@@ -47,53 +46,62 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     return [*exact_claims(results), *tuning_claims(results)]
 
 
+def differences(a: list[float], b: list[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
 def exact_claims(results: dict[str, Any]) -> list[Claim]:
     made = []
     for world, names in (("one token", ONE_TOKEN), ("sequences", WHOLE)):
         worst = max(max(bias(results, world, place, name)) for place in names for name in names[place])
         made.append(
-            Claim(
+            Claim.of(
                 f"{world}: {sum(map(len, names.values()))} estimators with their ratios are unbiased at every distance",
-                worst < ROUNDING,
                 f"largest bias {worst:.0e}",
-                "below 1e-12 of the exact KL or gradient",
+                "below {:g} of the exact KL or gradient",
+                below(worst, ROUNDING),
             )
         )
     for name in BIASED:
         along = bias(results, "one token", "loss", name)
         made.append(
-            Claim(
+            Claim.of(
                 f"one token: without its ratio the bias of {name} in the loss grows with the distance",
-                all(a < b for a, b in pairwise(along)) and along[-1] > 0.2,
                 f"{along[0]:.2f} on-policy to {along[-1]:.2f}",
-                "grows at each step, to more than 0.2",
+                "grows at each step, to more than {:g}",
+                ordered(*along),
+                above(along[-1], 0.2),
             )
         )
     on_policy = {name: bias(results, "one token", "loss", name)[0] for name in ("k1", "k2", "k3")}
     made.append(
-        Claim(
+        Claim.of(
             "one token, on-policy: k2 in the loss is exact, k3 is not, k1 has no gradient",
-            on_policy["k2"] < ROUNDING and on_policy["k3"] > 0.1 and abs(on_policy["k1"] - 1) < ROUNDING,
             ", ".join(f"{name} {value:.2f}" for name, value in on_policy.items()),
-            "0, more than 0.1, 1",
+            "k2 below {:g}, k3 above {:g}, k1 within {:g} of {:g}",
+            below(on_policy["k2"], ROUNDING),
+            above(on_policy["k3"], 0.1),
+            within(on_policy["k1"], ROUNDING, 1),
         )
     )
     token_wise = [bias(results, "sequences", "loss", name)[0] for name in ONE_TOKEN["loss"]]
     made.append(
-        Claim(
+        Claim.of(
             "sequences, on-policy: what follows a token is a share of the gradient that token-wise losses lack, all the same",
-            min(token_wise) > 0.1 and max(token_wise) - min(token_wise) < ROUNDING,
             f"{min(token_wise):.3f} of the gradient",
-            "more than 0.1, equal to rounding",
+            "more than {:g}, equal to {:g}",
+            above(token_wise, 0.1),
+            below(max(token_wise) - min(token_wise), ROUNDING),
         )
     )
     sampler = bias(results, "sequences", "reward", "k1 of the sampler, w of the answer")
     made.append(
-        Claim(
+        Claim.of(
             "sequences: k1 of the sampler in the reward is exact on-policy and misses more and more of the gradient off it",
-            sampler[0] < ROUNDING and all(a < b for a, b in pairwise(sampler)),
-            f"0 to {sampler[-1]:.2f}",
-            "grows at each step",
+            f"{sampler[0]:.0e} to {sampler[-1]:.2f}",
+            "below {:g} on-policy, then grows at each step",
+            below(sampler[0], ROUNDING),
+            ordered(*sampler),
         )
     )
     pairs = [
@@ -107,20 +115,21 @@ def exact_claims(results: dict[str, Any]) -> list[Claim]:
         for a, b in zip(sd(results, "sequences", place, ours), sd(results, "sequences", place, theirs), strict=True)
     ]
     made.append(
-        Claim(
+        Claim.of(
             "sequences: the exact next-token KL (Rao-Blackwell) varies less than tokens drawn, as value and as loss",
-            max(ratios) < 1,
             f"{min(ratios):.2f} to {max(ratios):.2f} of their deviation",
-            "below 1 at every distance",
+            "below {:g} at every distance",
+            below(ratios, 1),
         )
     )
     held, k3 = (sd(results, "one token", "loss", name) for name in ("w k2, w of a token, held", "w k3, w of a token"))
+    apart = [abs(a / b - 1) for a, b in zip(held, k3, strict=True)]
     made.append(
-        Claim(
+        Claim.of(
             "one token: w k2, its ratio held, and w k3 have one and the same gradient",
-            max(abs(a / b - 1) for a, b in zip(held, k3, strict=True)) < ROUNDING,
-            f"deviations equal to {max(abs(a / b - 1) for a, b in zip(held, k3, strict=True)):.0e}",
-            "equal to rounding",
+            f"deviations equal to {max(apart):.0e}",
+            "equal to {:g}",
+            below(apart, ROUNDING),
         )
     )
     return made
@@ -130,36 +139,31 @@ def tuning_claims(results: dict[str, Any]) -> list[Claim]:
     exact, corrected = held(results, "loss_exact, prefix"), held(results, CORRECTED)
     off = fmean(corrected) / fmean(exact) - 1
     made = [
-        Claim(
+        Claim.of(
             f"tuned with {results['reuse']} steps a batch: w k3 of the prefix holds the KL that the exact penalty holds",
-            abs(off) < 0.1,
             f"{spread(corrected)} nats over the last batches, the exact {spread(exact)}: {off:+.0%}",
-            "within 10%",
+            "within {:.0%}",
+            below(abs(off), 0.1),
         )
     ]
     for name, penalty in BIASED.items():
         kl = held(results, penalty)
         drift = [a / b - 1 for a, b in zip(kl, exact, strict=True)]
-        made.append(
-            Claim(
+        lower = differences(tuned(results, penalty, "objective"), tuned(results, CORRECTED, "objective"))
+        made += [
+            Claim.of(
                 f"tuned likewise: {name} without its ratio drifts beyond it in every seed",
-                all(d > 0.1 for d in drift),
-                f"{spread(kl)} nats: {', '.join(f'{d:+.0%}' for d in drift)}",
-                "more than 10% above",
-            )
-        )
-        lower = [
-            a - b
-            for a, b in zip(tuned(results, CORRECTED, "objective"), tuned(results, penalty, "objective"), strict=True)
-        ]
-        made.append(
-            Claim(
+                f"{spread(kl)} nats: {listed(drift, '+.0%')}",
+                "more than {:.0%} above",
+                above(drift, 0.1),
+            ),
+            Claim.of(
                 f"and {name} reaches less of reward - beta KL than w k3 of the prefix, in every seed",
-                all(d > 0 for d in lower),
-                ", ".join(f"{-d:+.3f}" for d in lower),
+                listed(lower, "+.3f"),
                 "less",
-            )
-        )
+                below(lower, 0),
+            ),
+        ]
     return made
 
 

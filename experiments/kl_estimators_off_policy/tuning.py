@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from experiments.rlhf_reward_hacking.experiment import load, of_drawn
+from experiments.rlhf_reward_hacking.protocol import load, of_drawn
 from torch import Tensor, nn
 
 from experiments.rlhf_reward_hacking.language import Classifier, Corpus, LanguageModel, corpus, windows

@@ -2,69 +2,61 @@
 
 from __future__ import annotations
 
-from statistics import fmean
 from typing import Any
 
-from vae.claims import Claim, Table, spread
+from vae.claims import Bound, Claim, Table, at_most, below, mean, ordered, spread, values
 
 DIVERGENCES = ("forward", "jensen_shannon", "reverse")
 WHOLE = "own, reverse of whole answers"  # the only one that is not token by token
 
 
-def values(results: dict[str, Any], method: str, key: str) -> list[float]:
-    """Of each seed."""
-    return [of_seed[key] for of_seed in results["methods"][method]]
-
-
-def lowest(results: dict[str, Any], key: str, methods: list[str]) -> list[str]:
-    """The method with the lowest value, for each seed."""
-    return [min(methods, key=lambda m: values(results, m, key)[seed]) for seed in range(len(results["start"]))]
+def lowest(results: dict[str, Any], key: str, best: str, methods: list[str]) -> Bound:
+    """Whether that method has the lowest value, in every seed."""
+    of_best = values(results["methods"][best], key)
+    others = [values(results["methods"][method], key) for method in methods if method != best]
+    return below((a - b for other in others for a, b in zip(of_best, other, strict=True)), 0)
 
 
 def claims(results: dict[str, Any]) -> list[Claim]:
     token_wise = [method for method in results["methods"] if method != WHOLE]
-    of_reverse = {method: fmean(values(results, method, "reverse")) for method in results["methods"]}
+    of_reverse = {method: mean(of_seeds, "reverse") for method, of_seeds in results["methods"].items()}
     first, second = sorted(token_wise, key=of_reverse.get)[:2]
     made = [
-        Claim(
+        Claim.of(
             "token by token, on-policy reverse KL ends with the lowest KL(student || teacher) of whole answers, in every seed",
-            set(lowest(results, "reverse", token_wise)) == {"own, reverse"},
             f"{first} {of_reverse[first]:.2f} nats, next {second} {of_reverse[second]:.2f}",
             "own, reverse",
+            lowest(results, "reverse", "own, reverse", token_wise),
         )
     ]
     for divergence in DIVERGENCES:
-        own, text = (values(results, f"{where}, {divergence}", "reverse") for where in ("own", "text"))
+        own, text = (values(results["methods"][f"{where}, {divergence}"], "reverse") for where in ("own", "text"))
         made.append(
-            Claim(
+            Claim.of(
                 f"{divergence}: the student's own answers lower that KL further than given text, in every seed",
-                all(a < b for a, b in zip(own, text, strict=True)),
                 f"{spread(own)} and {spread(text)} nats",
                 "lower on its own",
+                ordered(own, text),
             )
         )
-    of_forward = {method: fmean(values(results, method, "forward")) for method in results["methods"]}
+    of_forward = {method: mean(of_seeds, "forward") for method, of_seeds in results["methods"].items()}
     nearest = min(of_forward, key=of_forward.get)
-    made += [
-        Claim(
+    whole, token = (values(results["methods"][method], "reverse") for method in (WHOLE, "own, reverse"))
+    return [
+        *made,
+        Claim.of(
             "the other way round, KL(teacher || student), the forward KL on given text is best, in every seed",
-            set(lowest(results, "forward", list(results["methods"]))) == {"text, forward"},
             f"{nearest} {of_forward[nearest]:.2f} nats; text, forward {of_forward['text, forward']:.2f}",
             "text, forward",
+            lowest(results, "forward", "text, forward", list(results["methods"])),
         ),
-        Claim(
+        Claim.of(
             "what a token changes later is worth its noise: the gradient of whole answers ends no higher, in every seed",
-            all(
-                whole <= token
-                for whole, token in zip(
-                    values(results, WHOLE, "reverse"), values(results, "own, reverse", "reverse"), strict=True
-                )
-            ),
-            f"{spread(values(results, WHOLE, 'reverse'))} and {spread(values(results, 'own, reverse', 'reverse'))} nats",
+            f"{spread(whole)} and {spread(token)} nats",
             "no higher",
+            at_most((a - b for a, b in zip(whole, token, strict=True)), 0),
         ),
     ]
-    return made
 
 
 def table(results: dict[str, Any]) -> Table:

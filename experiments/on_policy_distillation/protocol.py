@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.rlhf_reward_hacking.experiment import load, of_drawn, save, train_language_model
+from experiments.rlhf_reward_hacking.protocol import load, of_drawn, save, train_language_model
 from torch import Tensor, nn
 
 from experiments.rlhf_reward_hacking.language import LanguageModel, corpus, nats_a_character, pretrain, windows
@@ -16,6 +16,9 @@ from vae.distillation import drawn_by_student, sequence_distillation_loss, token
 from vae.experiment import Context
 from vae.kl import kl_categorical
 from vae.seeding import generator
+
+PAPER = "Agarwal et al. 2024 (GKD); Gu et al. 2024 (MiniLLM)"
+CLAIM = "At equal compute, reverse KL on the student's own answers lowers the KL of whole answers from student to teacher most."
 
 SHARED = {
     "split": 0,

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from experiments.on_policy_distillation import experiment, protocol
+from experiments.on_policy_distillation import claims, protocol
 from experiments.rlhf_reward_hacking.language import LanguageModel
 from vae.seeding import generator
 
@@ -31,9 +31,9 @@ def results():
 
 
 def test_every_claim_holds_of_results_that_bear_it_out(results):
-    found = experiment.claims(results)
+    found = claims.claims(results)
     assert len(found) == 6 and all(claim.holds for claim in found)
-    assert len(experiment.table(results).rows) == 1 + len(METHODS)
+    assert len(claims.table(results).rows) == 1 + len(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_every_claim_holds_of_results_that_bear_it_out(results):
 def test_each_claim_misses_where_its_target_is_missed_in_one_seed(results, method, changed, word):
     damaged = copy.deepcopy(results)
     damaged["methods"][method][1] = {**damaged["methods"][method][1], **changed}
-    assert [word in claim.name for claim in experiment.claims(damaged) if not claim.holds].count(True) == 1
+    assert [word in claim.name for claim in claims.claims(damaged) if not claim.holds].count(True) == 1
 
 
 def test_methods_that_write_get_as_many_fewer_updates_as_writing_costs():

@@ -54,7 +54,7 @@ def arrays(
     images, labels = named(file, held)
     layout = layout or _layout(file, next(iter(images.values())))
     try:
-        wholes = {name: Array(tensor_of(x, "Images"), layout, tuple(map(float, range))) for name, x in images.items()}
+        wholes = {name: Array(tensor_of(x, "Images"), layout, (float(range[0]), float(range[1]))) for name, x in images.items()}
         given_y = {name: labels_of(y, len(wholes[name])) for name, y in labels.items()}
     except VAEError as error:
         raise VAEError(f"{file}: {error}") from error
@@ -81,7 +81,7 @@ def arrays(
 
 def _classes(y: Tensor | None) -> Tensor | None:
     """What splits have equal shares of: class labels, one-hot or not."""
-    if is_one_hot(y):
+    if y is not None and is_one_hot(y):
         return y.argmax(1)
     return y if y is not None and y.ndim == 1 else None
 
@@ -97,7 +97,8 @@ class Array(ImageSet):
     def __post_init__(self) -> None:
         if self.x.layout != torch.strided or self.x.ndim == 0:
             raise VAEError("Images must be a dense tensor, (N, H, W), (N, C, H, W) or (N, H, W, C).")
-        self.shape = tuple(self.gather(torch.arange(min(1, len(self.x))))[0].shape[1:])
+        channels, height, width = self.gather(torch.arange(min(1, len(self.x))))[0].shape[1:]
+        self.shape = channels, height, width
         if not self.x.is_floating_point() and self.range != (0.0, 1.0):
             raise VAEError("data.source.range has no effect on images that are not floats: leave it out.")
 
@@ -274,7 +275,7 @@ def _h5(path: Path) -> dict[str, np.ndarray]:
         import h5py
     except ImportError as error:
         raise VAEError(f"To read {path} the package h5py is needed: pip install h5py.") from error
-    held = {}
+    held: dict[str, np.ndarray | None] = {}
     with h5py.File(path, "r") as file:
         for name, data in file.items():
             if not isinstance(data, h5py.Dataset):

@@ -111,7 +111,7 @@ def _checked(size: Any, fit: str, channels: int | str, on_error: str) -> Options
     both = (size, size) if size is None or isinstance(size, int) else tuple(size)
     if size is not None and not (len(both) == 2 and all(isinstance(side, int) and side > 0 for side in both)):
         raise VAEError(f"data.source.size={size} must be a number of pixels, [height, width], or null.")
-    return Options(None if size is None else both, fit, None if channels == "auto" else channels)
+    return Options(None if size is None else both, fit, None if channels == "auto" else int(channels))
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def layout(root: Path, files: Sequence[File], labels: bool) -> tuple[dict[str, l
                 del given[name]
         paths = [path[1:] for path in paths]
     found = [path[0] if len(path) > 1 else None for path in paths]
-    classes = sorted({found[row] for row in given["train"]} - {None})
+    classes = sorted({label for row in given["train"] if (label := found[row]) is not None})
     if not labels or not set(found) - {None}:
         return given, None
     if None in found:
@@ -191,12 +191,12 @@ def layout(root: Path, files: Sequence[File], labels: bool) -> tuple[dict[str, l
             f"Sub-folders of {root} are labels, and {files[found.index(None)].name} has none: move it, or set "
             "data.source.labels=false."
         )
-    if strange := sorted(set(found) - set(classes)):
+    if strange := sorted({str(name) for name in found} - set(classes)):
         raise VAEError(
             f"There are no training images of {strange[0]}, which val or test has: sub-folders of {root} are labels, "
             "unless data.source.labels=false."
         )
-    number = {name: i for i, name in enumerate(classes)}
+    number: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
     return given, torch.tensor([number[name] for name in found]) if len(classes) > 1 else None
 
 
@@ -286,6 +286,7 @@ def _decode_into(
     try:
         if options.size is None or options.channels is None:
             options = _settled(root, files, options, pool)
+        assert options.size is not None and options.channels is not None
         shape = (options.channels, *options.size)
         pixels = int(np.prod(shape))
         hashes = np.zeros((len(files), 8), np.uint8)
@@ -320,7 +321,7 @@ def _decode_into(
         write_text(path.with_name(f"{path.name}.skipped.txt"), listed.encode(errors="backslashreplace").decode())
     facts = json.dumps({"shape": (len(files), *shape), "failed": failed}).encode()
     file.seek(len(files) * pixels)
-    file.writelines([hashes, facts, len(facts).to_bytes(8, "big")])
+    file.writelines([hashes.tobytes(), facts, len(facts).to_bytes(8, "big")])
     log.info(f"Decoded {len(files) - len(failed)} images of {root} to {' x '.join(map(str, shape))} into {path}.")
 
 
@@ -362,6 +363,7 @@ def _settled(root: Path, files: Sequence[File], options: Options, pool: ThreadPo
 def decode(path: Path, options: Options) -> np.ndarray:
     """One image as uint8 (C, H, W). Raises whatever Pillow does, VAEError and ValueError for what cannot be decoded."""
     require_regular(path)
+    assert options.size is not None and options.channels is not None
     with Image.open(path) as image:
         image = upright(image, options.channels)
     height, width = options.size
