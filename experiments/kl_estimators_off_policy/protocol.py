@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from experiments.rlhf_reward_hacking.protocol import train_classifier, train_language_model
-
 from experiments.kl_estimators_off_policy.enumeration import World
 from experiments.kl_estimators_off_policy.exact import WORLDS, along_the_path
 from experiments.kl_estimators_off_policy.tuning import tuned
+from experiments.rlhf_reward_hacking.protocol import train_classifier, train_language_model
 from vae.experiment import Context
 
 PAPER = "Liu et al. 2025; Tang & Munos 2025; Amini et al. 2025; DeepSeek-V3.2 2025 (importance-weighted k3)"

@@ -11,10 +11,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from experiments.rlhf_reward_hacking.protocol import load, of_drawn
 from torch import Tensor, nn
 
 from experiments.rlhf_reward_hacking.language import Classifier, Corpus, LanguageModel, corpus, windows
+from experiments.rlhf_reward_hacking.protocol import load, of_drawn
 from vae.kl import k1, kl_categorical
 from vae.policy import PPOClip
 from vae.seeding import generator

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.rlhf_reward_hacking.protocol import load, of_drawn, save, train_language_model
 from torch import Tensor, nn
 
 from experiments.rlhf_reward_hacking.language import LanguageModel, corpus, nats_a_character, pretrain, windows
+from experiments.rlhf_reward_hacking.protocol import load, of_drawn, save, train_language_model
 from vae.distillation import drawn_by_student, sequence_distillation_loss, token_distillation_loss
 from vae.experiment import Context
 from vae.kl import kl_categorical

@@ -54,7 +54,10 @@ def arrays(
     images, labels = named(file, held)
     layout = layout or _layout(file, next(iter(images.values())))
     try:
-        wholes = {name: Array(tensor_of(x, "Images"), layout, (float(range[0]), float(range[1]))) for name, x in images.items()}
+        wholes = {
+            name: Array(tensor_of(x, "Images"), layout, (float(range[0]), float(range[1])))
+            for name, x in images.items()
+        }
         given_y = {name: labels_of(y, len(wholes[name])) for name, y in labels.items()}
     except VAEError as error:
         raise VAEError(f"{file}: {error}") from error
