@@ -208,7 +208,7 @@ def test_a_run_whose_process_the_system_kills_is_recorded_and_the_others_finish(
         "3": "failed",
         "4": "finished",
     }
-    assert "killed by the system" in found["3"]["reason"]
+    assert "killed by the operating system" in found["3"]["reason"]
 
 
 @pytest.mark.slow
