@@ -54,4 +54,8 @@ def _command(
     os.environ.update(environment)
     sys.path[:0] = [cwd, *environment.get("PYTHONPATH", "").split(os.pathsep)]
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:  # joblib's workers end with their interpreter; without one they would be waited for until long idle
+        if executors := sys.modules.get("joblib.externals.loky"):
+            executors.get_reusable_executor().shutdown()

@@ -135,6 +135,15 @@ def test_any_folder_can_be_named_by_run(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("word", ["run=here/there", "run=null", "run='a=b'", "run=runs/${seed}", "run=a b"])
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path, sweep):
+    (tmp_path / "file").write_text("kept")
+    for folder, why in (("/dev/null/x", "Not a directory"), ("file", "File exists")):
+        done = run("vae.train", *sweep, *SMALL, f"run={folder}", cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr == f"Error: run={folder} cannot be made: {why}.\n"
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_what_hydra_reads_as_a_folder_is_left_to_it(word, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vae.train", word])
     quote_run()
@@ -208,7 +217,7 @@ def test_a_run_whose_process_the_system_kills_is_recorded_and_the_others_finish(
         "3": "failed",
         "4": "finished",
     }
-    assert "killed by the system" in found["3"]["reason"]
+    assert "killed by the operating system" in found["3"]["reason"]
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -11,9 +13,11 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from vae.cli import CONFIGS
@@ -122,15 +126,57 @@ def test_every_link_to_a_file_leads_to_one():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_every_setting_that_a_page_names_exists():
-    """In commands: `group=option` is a YAML, `dotted.key=` composes."""
-    known_groups = {path.relative_to(CONFIGS).parent.as_posix() for path in Path(CONFIGS).rglob("*.yaml")}
+def settings_of(node: object, prefix: str) -> set[str]:
+    """The dotted keys of a config of group `prefix`, with the parameters of what its `_target_` names."""
+    keys = set()
+    if isinstance(node, dict):
+        if target := node.get("_target_"):
+            keys |= {f"{prefix}.{name}" for name in inspect.signature(get_object(target)).parameters}
+        for key, value in node.items():
+            keys |= {f"{prefix}.{key}"} | settings_of(value, f"{prefix}.{key}")
+    return keys
+
+
+def known_settings() -> tuple[set[str], set[str]]:
+    """Every `group.key` that composes with some option of its group, and every `group=option`."""
+    keys = {f".trainer.{name}" for name in inspect.signature(pl.Trainer).parameters}
+    options = set()
+    for path in Path(CONFIGS).rglob("*.yaml"):
+        group = path.relative_to(CONFIGS).parent.as_posix()
+        options.add(f"{group}={path.stem}")
+        if group != "experiment":
+            prefix = "" if group == "." else f".{group.replace('/', '.')}"
+            keys |= settings_of(yaml.safe_load(path.read_text()), prefix)
+    return {key.removeprefix(".") for key in keys}, options
+
+
+def test_every_setting_that_a_sentence_or_a_page_names_exists():
+    """`group.key` and `group=option` in every string of the code but docstrings, and in the commands of the pages."""
+    keys, options = known_settings()
+    groups = {option.partition("=")[0] for option in options} - {"."}
+    first = "|".join(
+        {group.split("/")[0] for group in groups} | {key.split(".")[0] for key in keys if "." in key} - {"hydra"}
+    )
+    texts = {}
+    for path in sorted((ROOT / "vae").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+                texts[f"{path.name}:{node.lineno}"] = node.value
     for page in PAGES:
-        for line in re.findall(r"^python -m vae\.train (.*?)(?: {2,}#.*)?$", page.read_text(), re.M):
-            for group, options in re.findall(r"(?<![\w.])([a-z_/]+)=([\w,]+)", line):
-                if group in known_groups and not group.startswith("experiment"):
-                    for option in options.split(","):
-                        assert (Path(CONFIGS) / group / f"{option}.yaml").is_file() or option in ("squared", "noise")
+        for number, line in enumerate(re.findall(r"^python -m vae\.\w+ (.*?)(?: {2,}#.*)?$", page.read_text(), re.M)):
+            texts[f"{page.name}:{number}"] = line
+    named, missing = 0, []
+    for place, text in texts.items():
+        found = re.findall(rf"(?<![\w./])((?:{first})(?:\.[a-z]\w*)+)\b(?!\.)", text)
+        wrong = [key for key in found if key not in keys and not key.endswith((".safetensors", ".py"))]
+        for group, chosen in re.findall(rf"(?<![\w.])({'|'.join(groups)})=(\w+(?:,\w+)*)\b(?![.(])", text):
+            found += [f"{group}={option}" for option in chosen.split(",")]
+        wrong += [one for one in found if "=" in one and one not in options | {"objective=squared", "data=noise"}]
+        named += len(found)
+        missing += [f"{place}: {one}" for one in wrong]
+    assert named > 90 and not missing
 
 
 def test_every_work_that_the_code_cites_is_on_the_page_of_citations():

@@ -11,8 +11,6 @@ from vae.cli import CONFIGS, quote_run, sentences
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="encode")
 def main(config: DictConfig) -> None:
     """Writes means, log-variances, a draw and labels of each image, and the latents' mean and standard deviation."""
-    from pathlib import Path
-
     from rich.console import Console
 
     with sentences():
@@ -20,13 +18,16 @@ def main(config: DictConfig) -> None:
         from vae.engine.latents import write_latents
         from vae.engine.loading import load
         from vae.errors import choose, whole
+        from vae.files import named
 
         split = choose("split", config.split, ("train", "val", "test"))
-        run = load(config.run, trust=config.trust)
+        run = load(named("run", config.run), trust=config.trust)
         other = config.get("data") is not None
+        if other:
+            config.data.batch_size = 1  # of training, for which a few images may be too few
         data = build_data(DictConfig({"data": config.data, "seed": 0})) if other else run.data
         data.eval_batch_size = whole("batch_size", config.batch_size)
-        n = write_latents(run, data, split, Path(config.out))
+        n = write_latents(run, data, split, named("out", config.out))
     Console().print(f"Latents of {n} images: {config.out}", highlight=False, soft_wrap=True)
 
 

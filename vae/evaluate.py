@@ -11,17 +11,16 @@ from vae.cli import CONFIGS, quote_run, sentences
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="evaluate")
 def main(config: DictConfig) -> None:
     """Prints what was measured beside what training wrote, and keeps it in evaluation-SPLIT.json in the run's folder."""
-    from pathlib import Path
-
     from rich.console import Console
     from rich.table import Table
 
     with sentences():
         from vae.engine.folder import read_metrics
         from vae.engine.run import measure
+        from vae.files import named
 
         changes = {name: config[name] for name in ("nll_samples", "accelerator", "threads") if config[name] is not None}
-        folder = Path(config.run)
+        folder = named("run", config.run)
         results = measure(folder, config.split, OmegaConf.to_container(config), **changes)
         written = read_metrics(folder)
     # What chance and perfection score stands beside a score, where it is known.

@@ -11,17 +11,17 @@ from vae.cli import CONFIGS, quote_run, sentences
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="export")
 def main(config: DictConfig) -> None:
     """Writes model.safetensors, config.json and README.md, which `vae.load` reads; and encoder and decoder as programs."""
-    from pathlib import Path
-
     from rich.console import Console
 
     with sentences():
         from vae.engine.exporting import FORMATS, export
         from vae.engine.loading import load
         from vae.errors import choose
+        from vae.files import named
 
         choose("format", config.format, FORMATS)
-        written = export(load(config.run, trust=config.trust), Path(config.out), config.format, config.licence)
+        run = load(named("run", config.run), trust=config.trust)
+        written = export(run, named("out", config.out), config.format, config.licence)
     Console().print(f"{', '.join(written)}: {config.out}", highlight=False, soft_wrap=True)
 
 

@@ -37,6 +37,21 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise
 
 
+def named(setting: str, value: object) -> Path:
+    """The file or folder that a command's `setting=value` names. Raises VAEError where it names none, as null does."""
+    if value is None or isinstance(value, bool) or not str(value):
+        raise VAEError(f"{setting}={'null' if value is None else value} must be the name of a file or folder.")
+    return Path(str(value))
+
+
+def new_folder(setting: str, value: object) -> Path:
+    """A folder for a command to write to, which it need not find. Raises VAEError if there is anything in it."""
+    folder = named(setting, value)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise VAEError(f"{setting}={folder} exists already and is not an empty folder: choose another.")
+    return folder
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed processes left below `folder`, where nobody else may be writing."""
     for temporary in folder.rglob(".*.tmp"):

@@ -11,19 +11,16 @@ from vae.cli import CONFIGS, quote_run, sentences
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="generate")
 def main(config: DictConfig) -> None:
     """Writes 00000.png and so on, and grid.png. The same seed gives the same images."""
-    from pathlib import Path
-
     from rich.console import Console
 
     with sentences():
         from vae.engine.callbacks.pictures import grid, to_png
         from vae.engine.loading import load
-        from vae.errors import VAEError, whole
+        from vae.errors import whole
+        from vae.files import named, new_folder
 
-        n, out = whole("n", config.n, most=100_000), Path(config.out)
-        if out.exists() and any(out.iterdir()):
-            raise VAEError(f"out={out} exists already and is not empty: choose another folder.")
-        run = load(config.run, trust=config.trust)
+        n, out = whole("n", config.n, most=100_000), new_folder("out", config.out)
+        run = load(named("run", config.run), trust=config.trust)
         labels = config.label
         if run.vae.num_classes and labels is None:  # each class equally often
             labels = [number * run.vae.num_classes // n for number in range(n)]

@@ -125,6 +125,38 @@ def test_images_of_another_shape_and_other_endings_are_refused(finished, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_data_of_fewer_images_than_a_batch_are_encoded(finished, tmp_path):
+    from commands import run as command
+
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8))
+    done = command(
+        "vae.encode",
+        f"run={finished}",
+        "out=z.npz",
+        "data=arrays",
+        "data.source.path=few.npy",
+        "split=train",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "z.npz")["mean"].shape == (16, 3)
+
+
+@pytest.mark.parametrize("module", ["vae.generate", "vae.encode", "vae.export", "vae.evaluate"])
+def test_a_file_or_folder_that_is_not_named_is_asked_for(finished, tmp_path, module):
+    from commands import run as command
+
+    tried = [["run=null", "out=new.npz"]]
+    if module != "vae.evaluate":
+        tried += [[f"run={finished}", "out=null"]]
+    for options in tried:
+        done = command(module, *[o for o in options if module != "vae.evaluate" or "out" not in o], cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr.endswith("=null must be the name of a file or folder.\n"), (
+            done.stderr
+        )
+    assert not list(tmp_path.iterdir())
+
+
 # --- export -------------------------------------------------------------------------------------------------------------
 
 KINDS = [(), ("prior=vampprior", "prior.pseudo_inputs=4"), ("posterior=iaf",), ("objective=cvae",), ("network=conv",)]

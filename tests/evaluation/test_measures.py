@@ -217,7 +217,7 @@ def test_a_number_that_makes_no_sense_or_could_not_end_is_refused(name, options,
 def test_so_are_samples_of_the_bound_before_anything_is_built_on_them(tiny, folder, samples):
     with pytest.raises(VAEError, match=f"nll_samples={samples} must be a whole number from 0.* to 10,000,000"):
         build(tiny(f"evaluation.nll_samples={samples}"))
-    with pytest.raises(VAEError, match="nll_samples"):
+    with pytest.raises(VAEError, match=f"^nll_samples={samples} must be"):  # as `vae.evaluate` calls it
         run.measure(folder, "test", OPTIONS, nll_samples=samples)
 
 
@@ -226,3 +226,8 @@ def test_an_unknown_split_or_measure_is_refused_whatever_is_measured(folder):
         run.measure(folder, "tests", {**OPTIONS, "measures": ["decomposition"]})
     with pytest.raises(VAEError, match=r"measures=\['aic'\] is unknown: choose from likelihood, decomposition"):
         run.measure(folder, "test", {"measures": "aic"})
+    for nothing in ([], None):
+        with pytest.raises(VAEError, match="names nothing to measure: choose from likelihood, decomposition"):
+            run.measure(folder, "test", {"measures": nothing})
+    with pytest.raises(VAEError, match=r"^accelerator=tpu is unknown"):
+        run.measure(folder, "test", OPTIONS, accelerator="tpu")

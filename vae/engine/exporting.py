@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vae
 from vae.engine.loading import LoadedRun
 from vae.errors import VAEError
-from vae.files import write_atomically, write_text
+from vae.files import new_folder, write_atomically, write_text
 
 FORMATS = ("safetensors", "torch_export", "onnx")
 #: The parts of a run's config that its model is assembled from.
@@ -45,8 +45,7 @@ class DecoderProgram(nn.Module):
 def export(run: LoadedRun, out: Path, form: str = "safetensors", licence: str | None = None) -> list[str]:
     """Write a model into a new folder and return the names of its files. Raises VAEError where the folder is not empty, a
     package is missing, or the model is not one program (an autoregressive decoder draws pixel by pixel)."""
-    if out.exists() and any(out.iterdir()):
-        raise VAEError(f"out={out} exists already and is not empty: choose another folder.")
+    new_folder("out", out)
     if form != "safetensors" and run.vae.autoregressive:
         raise VAEError(f"format={form} needs a decoder that makes an image in one pass: this one is autoregressive.")
     try:

@@ -38,8 +38,9 @@ from vae.engine.folder import (
     refuse_other_training,
 )
 from vae.engine.module import Means, VAEModule
-from vae.engine.trainer import build_trainer, set_threads, trainer_options, warn_of_unreached_weight
-from vae.errors import VAEError, choose
+from vae.engine.trainer import ACCELERATORS, build_trainer, set_threads, trainer_options, warn_of_unreached_weight
+from vae.errors import VAEError, choose, whole
+from vae.evaluation.likelihood import MOST_SAMPLES
 from vae.evaluation.measures import MEASURES, check_options
 from vae.evaluation.work import Work
 from vae.files import is_disk_full, remove_leftovers, write_json, write_text
@@ -246,9 +247,13 @@ def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -
     """
     names, known = options["measures"], ("likelihood", *MEASURES)
     names = [names] if isinstance(names, str) else names
+    if not names:
+        raise VAEError(f"measures={names} names nothing to measure: choose from {', '.join(known)}.")
     if unknown := [name for name in names if name not in known]:
         raise VAEError(f"measures={unknown} is unknown: choose from {', '.join(known)}.")
     _check_split(split)
+    whole("nll_samples", changes.get("nll_samples"), least=0, most=MOST_SAMPLES, optional=True)
+    choose("accelerator", changes.get("accelerator", "auto"), ACCELERATORS)
     for name in names:
         check_options(name, options.get(name) or {})
     run, path = load(folder, **changes), folder / f"evaluation-{split}.json"

@@ -30,9 +30,11 @@ class SweepCallback(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         refuse_used_folder(config)
         refuse_nothing_to_resume(config)
+        make_folder(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         refuse_used_folder(config)
+        make_folder(config)
         for old in Path(config.hydra.sweep.dir).glob(f"*/{REFUSED}"):
             old.unlink()
         tell_direction(config)
@@ -89,6 +91,16 @@ def refuse_nothing_to_resume(config: DictConfig) -> None:
     with sentences():
         if config.resume and names <= TRANSIENT and not Path(config.run or "", "config.yaml").is_file():
             raise VAEError(f"There is no run to go on with in run={config.run}: it has no config.yaml.")
+
+
+def make_folder(config: DictConfig) -> None:
+    """Make the folder that `run` names, as Hydra is about to; exit with a sentence where the system does not allow it."""
+    with sentences():
+        try:
+            if config.run:
+                Path(config.run).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise VAEError(f"run={config.run} cannot be made: {error.strerror}.") from error
 
 
 def tell_direction(config: DictConfig) -> None:

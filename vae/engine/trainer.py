@@ -29,6 +29,8 @@ from vae.objectives.elbo import Objective
 #: Weights in 32 bits; steps in 32 or, where that is safe, fewer. Lightning's names, its older ones too.
 PRECISIONS = (None, "32-true", "32", 32, "bf16-mixed", "bf16", "16-mixed", "16", 16)
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+
 
 def quiet_lightning() -> None:
     """Leave out what Lightning says at every start of a run; called where a Trainer is made, never on import."""
@@ -58,7 +60,7 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
     clip = options.get("gradient_clip_val")
     if clip is not None and not (isinstance(clip, int | float) and 0 <= clip < math.inf):
         raise VAEError(f"trainer.gradient_clip_val={clip} must be a number of at least 0, or null.")
-    choose("trainer.accelerator", options.get("accelerator"), ("auto", "cpu", "gpu", "cuda", "mps"))
+    choose("trainer.accelerator", options.get("accelerator"), ACCELERATORS)
     devices, strategy = options.get("devices", 1), options.get("strategy", "auto")
     one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
     if not one or options.get("num_nodes", 1) != 1:
