@@ -8,24 +8,12 @@ import math
 import pytest
 import torch
 
+from vae.advantages import advantages, penalised_reward, token_rewards
 from vae.beta import AdaptiveKL, Linear
 from vae.errors import VAEError
 from vae.kl import kl_categorical
-from vae.policy import (
-    AGGREGATIONS,
-    CISPO,
-    GRPO,
-    GSPO,
-    PENALTIES,
-    DrGRPO,
-    PPOClip,
-    Reinforce,
-    advantages,
-    clipped_loss,
-    penalised_reward,
-    reinforce_loss,
-    token_rewards,
-)
+from vae.policy import CISPO, GRPO, GSPO, PENALTIES, DrGRPO, PPOClip, Reinforce
+from vae.surrogates import AGGREGATIONS, clipped_loss, reinforce_loss
 
 NAN = math.nan
 

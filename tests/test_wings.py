@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 WINGS = {
     "what all share": ("vae", "vae.errors", "vae.files", "vae.cli", "vae.seeding", "vae.precision"),
     "mathematics": ("vae.kl", "vae.gaussian", "vae.beta", "vae.token_kl", "vae.importance"),
-    "the KL's other roles": ("vae.policy", "vae.distillation", "vae.preferences"),
+    "the KL's other roles": ("vae.advantages", "vae.surrogates", "vae.policy", "vae.distillation", "vae.preferences"),
     "parts of a VAE": ("vae.likelihoods", "vae.priors", "vae.flows", "vae.hierarchical", "vae.networks", "vae.model"),
     "objectives": ("vae.objectives",),
     "data": ("vae.data",),

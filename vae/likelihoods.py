@@ -1,4 +1,4 @@
-"""p(x|z): the distribution of an image given the parameters that the decoder puts out for it.
+"""p(x|z): the distribution of an image given the decoder's parameters. One room: each likelihood a class, then its formulas.
 
 Every likelihood answers for one image in nats, all constants included, and shares one layout: `params` is
 (..., P, C, H, W), where P = `params_per_pixel` numbers describe each sub-pixel, and `x` is (..., C, H, W) in [0, 1];

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from vae.data import folder as module
-from vae.data.folder import Options, decode, decode_once, folder, list_files
+from vae.data import decoding as module
+from vae.data.decoding import Options, decode, decode_once
+from vae.data.folder import folder, list_files
 from vae.data.module import ImageDataModule
 from vae.errors import VAEError
 

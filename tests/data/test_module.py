@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from vae.data.images import Images, Splits
-from vae.data.module import BatchLoader, EpochSampler, ImageDataModule
+from vae.data.loader import BatchLoader, EpochSampler
+from vae.data.module import ImageDataModule
 from vae.errors import VAEError
 
 
