@@ -5,6 +5,8 @@ Shapes as in `vae.policy`: rewards (B,), log-probabilities and masks (B, L); ans
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def leave_one_out(returns: Tensor) -> Tensor:
     return returns - (returns.sum(-1, keepdim=True) - returns) / (k - 1)
 
 
-def group_normalised(returns: Tensor) -> Tensor:
+def group_normalized(returns: Tensor) -> Tensor:
     """Less the group's mean, divided by its standard deviation (with K - 1); 0 in a group of equals. GRPO.
 
     Returns are equal if they differ by less than a millionth of the largest: that is rounding, which divided by itself
@@ -75,8 +77,18 @@ BASELINES = {
     "none": no_baseline,
     "mean": mean_baseline,
     "leave_one_out": leave_one_out,
-    "group_normalised": group_normalised,
+    "group_normalized": group_normalized,
 }
+
+
+def baseline_named(name: str) -> str:
+    """A baseline's name. That of the release before is accepted, with a FutureWarning. Raises VAEError if unknown."""
+    if name == "group_normalised":
+        warnings.warn("The baseline group_normalised is now group_normalized.", FutureWarning, stacklevel=3)
+        name = "group_normalized"
+    if name not in BASELINES:
+        raise VAEError(f"There is no baseline {name!r}: choose among {', '.join(BASELINES)}.")
+    return name
 
 
 def advantages(returns: Tensor, *, baseline: str, group_size: int | None = None) -> Tensor:
@@ -84,8 +96,7 @@ def advantages(returns: Tensor, *, baseline: str, group_size: int | None = None)
 
     Raises VAEError for an unknown baseline, a batch that is not whole groups, or a group of one where others are needed.
     """
-    if baseline not in BASELINES:
-        raise VAEError(f"There is no baseline {baseline!r}: choose among {', '.join(BASELINES)}.")
+    baseline = baseline_named(baseline)
     size = len(returns) if group_size is None else group_size
     if len(returns) % size:
         raise VAEError(f"{len(returns)} sequences are not whole groups of {size}.")

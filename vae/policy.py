@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae.advantages import BASELINES, advantages, penalised_reward
+from vae.advantages import advantages, baseline_named, penalised_reward
 from vae.beta import Constant
 from vae.errors import VAEError
 from vae.importance import RATIOS, log_importance, ratio_k1, ratio_k2, ratio_k3, real
@@ -95,7 +95,6 @@ class PolicyObjective(nn.Module):
             )
         for what, name, known in (
             ("penalty", penalty, PENALTIES),
-            ("baseline", baseline, BASELINES),
             ("aggregation", aggregation, AGGREGATIONS),
             ("penalty_ratio", penalty_ratio, RATIOS),
         ):
@@ -105,7 +104,8 @@ class PolicyObjective(nn.Module):
             raise VAEError(f"group_size must be at least 1, not {group_size}.")
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.schedule = Constant() if schedule is None else schedule
-        self.penalty, self.baseline, self.group_size, self.aggregation = penalty, baseline, group_size, aggregation
+        self.penalty, self.baseline = penalty, baseline_named(baseline)
+        self.group_size, self.aggregation = group_size, aggregation
         self.penalty_ratio = penalty_ratio
 
     def token_loss(self, log_pi: Tensor, log_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class Reinforce(PolicyObjective):
     """-A log pi, summed over each sequence, with the penalty in the reward and the leave-one-out baseline (RLOO).
 
     The gradient is unbiased for E[reward] - beta KL(pi || pi_ref) of whole sequences (not with baseline "mean", which
-    scales it, nor "group_normalised", nor with another aggregation). On-policy: raises VAEError if given log_old.
+    scales it, nor "group_normalized", nor with another aggregation). On-policy: raises VAEError if given log_old.
     """
 
     def __init__(
@@ -271,7 +271,7 @@ class GRPO(PPOClip):
         beta: float = 0.04,
         schedule: nn.Module | None = None,
         penalty: str = "loss_k3_is",
-        baseline: str = "group_normalised",
+        baseline: str = "group_normalized",
         aggregation: str = "sequence_mean",
         clip: float = 0.2,
         clip_high: float | None = None,

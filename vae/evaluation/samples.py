@@ -222,7 +222,7 @@ def training_batch(data: ImageDataModule, n: int, seed: int) -> Batch:
     train = data.splits_ready().train
     index = torch.randperm(len(train), generator=generator(seed, "classifier images"))[:n]
     x, y = train.gather(index)
-    if data.labelled is not None:
+    if data.labeled is not None:
         _, y = data.measured("train").gather(index)  # what the model's training did not see, a measure may
     if y is None:
         raise VAEError("The features of sample quality come from a classifier, and this data set has no labels.")

@@ -288,6 +288,7 @@ def _data_name(run: Run) -> str:
 def _measure(run: Run) -> str:
     """What kind of number log p(x|z) is: it compares only with its own kind."""
     kind = str(run.facts.get("likelihood") or run.config.get("likelihood._target_") or "").rsplit(".", 1)[-1]
+    kind = kind.replace("Discretised", "Discretized")  # as earlier versions had it
     return kind.lower() if run.facts.get("discrete", kind not in _DENSITIES) else "density"
 
 
