@@ -26,7 +26,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from vae.cli import CONFIGS
-from vae.data.folder import Options, decode_once, folder, list_files
+from vae.data.decoding import Options, decode_once
+from vae.data.folder import folder, list_files
 from vae.data.images import Images, Splits
 from vae.data.module import ImageDataModule
 from vae.engine.build import build

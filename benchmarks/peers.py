@@ -43,20 +43,20 @@ def make_environment() -> Path:
 
 
 def project(options: argparse.Namespace) -> dict[str, Any]:
-    import bench
+    import step
 
     overrides = ["data=mnist", "model.latent_dim=20", f"data.batch_size={BATCH}", f"data.limit={options.images}"]
-    return bench.compare_steps("mlp", overrides, options.repetitions, "cpu")
+    return step.compare_steps("mlp", overrides, options.repetitions, "cpu")
 
 
 def bare_loop(images: Any) -> Any:
     """Takes turns with a bare loop that trains the same network on the same images."""
     import bare
-    import bench
     import torch
+    from pair import InTurn
 
     model, noise = bare.nets(*bare.mlp(20)), torch.Generator().manual_seed(0)
-    return bench.InTurn(lambda: bare.epoch(model, images, BATCH, True, noise))
+    return InTurn(lambda: bare.epoch(model, images, BATCH, True, noise))
 
 
 def ordinary(options: argparse.Namespace, workers: int) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def ordinary(options: argparse.Namespace, workers: int) -> dict[str, Any]:
 def pythae(options: argparse.Namespace) -> dict[str, Any]:
     """pythae's BaseTrainer, epoch by epoch, with its progress bar."""
     import bare
-    import bench
     import torch
+    from pair import all_images, train_split
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -140,7 +140,7 @@ def pythae(options: argparse.Namespace) -> dict[str, Any]:
         def forward(self, z: torch.Tensor) -> ModelOutput:
             return ModelOutput(reconstruction=self.net(z).sigmoid().unflatten(1, (1, 28, 28)))
 
-    images = bench.all_images(bench.train_split("data=mnist"))[: options.images]
+    images = all_images(train_split("data=mnist"))[: options.images]
     x = torch.bernoulli(images.float() / 255, generator=torch.Generator().manual_seed(0))
     turns = bare_loop(images)
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +164,7 @@ def pythae(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> None:
-    import bench
+    import report
     import torch
 
     torch.set_num_threads(os.cpu_count())
@@ -177,8 +177,8 @@ def measure(options: argparse.Namespace) -> None:
     }
     for row in rows.values():
         row["seconds_an_epoch"] = row["project_ms"] / 1e3 * -(-55_000 // BATCH)
-    results = {"environments": {"peers": bench.conditions(options, load)}, "peers": rows}
-    bench.show(bench.write_results(options.out, "peers", results))
+    results = {"environments": {"peers": report.conditions("auto", load)}, "peers": rows}
+    report.show(report.write_results(options.out, "peers", results))
 
 
 def main() -> None:

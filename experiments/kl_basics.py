@@ -20,8 +20,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 from torch import Tensor
 
+from vae.advantages import penalised_reward
 from vae.kl import k1, k2, k3, kl_categorical, nats_to_bits
-from vae.policy import penalised_reward
 
 P, Q = torch.tensor([0.3, 0.5, 0.2]), torch.tensor([0.35, 0.4, 0.25])
 

@@ -14,7 +14,7 @@ import pytest
 from commands import run
 from hydra import compose, initialize_config_dir
 
-from vae.cli import CONFIGS, command, quote_run, resuming, run_name
+from vae.cli import CONFIGS, command, quote_run, rename_old, resuming, run_name
 from vae.errors import VAEError
 
 SMALL = [
@@ -148,6 +148,34 @@ def test_what_hydra_reads_as_a_folder_is_left_to_it(word, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vae.train", word])
     quote_run()
     assert sys.argv == ["vae.train", word]
+
+
+def test_options_under_their_names_of_the_release_before_are_taken_with_a_warning(monkeypatch):
+    old = ["+data.labelled=20", "objective=m2", "objective.labelled_per_batch=8,16", "likelihood=discretised_logistic"]
+    monkeypatch.setattr(sys, "argv", ["vae.train", *old, "likelihood=bernoulli,discretised_logistic_mixture"])
+    with pytest.warns(FutureWarning, match="is now") as warned:
+        rename_old()
+    new = ["+data.labeled=20", "objective=m2", "objective.labeled_per_batch=8,16", "likelihood=discretized_logistic"]
+    new.append("likelihood=bernoulli,discretized_logistic_mixture")
+    assert sys.argv == ["vae.train", *new]
+    assert len(warned) == 4
+    assert "likelihood=discretised_logistic is now likelihood=discretized_logistic: " in str(warned[2].message)
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        config = compose(
+            "train", ["data=digits", "objective.labeled_per_batch=8", "++data.labeled=20", *new[1:2], new[3]]
+        )
+    assert (config.data.labeled, config.objective.labeled_per_batch) == (20, 8)
+    assert config.likelihood._target_ == "vae.likelihoods.DiscretizedLogistic"
+
+
+@pytest.mark.parametrize(
+    "word", ["data.labeled=20", "run=data.labelled", "data.labelled_fraction=1", "likelihood=mine_discretised", "-m"]
+)
+def test_what_was_never_an_old_name_is_left_as_it_is(word, monkeypatch, recwarn):
+    monkeypatch.setattr(sys, "argv", ["vae.train", word])
+    rename_old()
+    assert sys.argv == ["vae.train", word]
+    assert not recwarn.list
 
 
 def test_a_command_can_be_pasted():

@@ -15,7 +15,7 @@ from vae.cli import CONFIGS
     [
         [],
         ["objective=tcvae", "objective/schedule=geco", "objective.schedule.target=20", "data.limit=7"],
-        ["data=sprites", "++data.source.size=16", "++data.source.subset={scale: 2, x: [1, 2]}", "+data.labelled=20"],
+        ["data=sprites", "++data.source.size=16", "++data.source.subset={scale: 2, x: [1, 2]}", "+data.labeled=20"],
         [
             "callbacks=default",
             "callbacks.pictures=null",

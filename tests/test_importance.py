@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from experiments.kl_estimators_off_policy.enumeration import Policies, World, gradient, moments
+from vae.advantages import token_rewards
 from vae.distillation import (
     distillation_reward,
     drawn_by_student,
@@ -20,7 +21,8 @@ from vae.distillation import (
 from vae.errors import VAEError
 from vae.importance import RATIOS, importance_weights, log_importance, ratio_k1, ratio_k2, ratio_k3, sequence_kl_loss
 from vae.kl import k1, k2, k3
-from vae.policy import GRPO, PPOClip, Reinforce, reinforce_loss, token_rewards
+from vae.policy import GRPO, PPOClip, Reinforce
+from vae.surrogates import reinforce_loss
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 WORLD = World.of(4, 4)

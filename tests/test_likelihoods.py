@@ -13,8 +13,8 @@ from vae.errors import VAEError
 from vae.likelihoods import (
     Bernoulli,
     ContinuousBernoulli,
-    DiscretisedLogistic,
-    DiscretisedLogisticMixture,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
     Gaussian,
     Laplace,
     LearnedScaleLaplace,
@@ -36,9 +36,9 @@ ALL = [
     OptimalSigmaGaussian(0.3).eval(),
     Laplace(0.2),
     LearnedScaleLaplace(0.2),
-    DiscretisedLogistic(),
-    DiscretisedLogisticMixture(3),
-    DiscretisedLogisticMixture(3, coupled=False),
+    DiscretizedLogistic(),
+    DiscretizedLogisticMixture(3),
+    DiscretizedLogisticMixture(3, coupled=False),
 ]
 EXTREMES = torch.tensor([-1e4, -90.0, -20.0, -7.0, -1e-3, 0.0, 1e-30, 0.3, 5.0, 30.0, 100.0, 1e4])
 
@@ -258,25 +258,25 @@ def scipy_log_mass(level, location, scale):
 @pytest.mark.parametrize(
     "location, raw", [(0.0, 0.0), (0.3, -3.0), (-0.7, -5.0), (0.99, 1.5), (-2.0, -1.0), (0.1, 4.0)]
 )
-def test_discretised_logistic_equals_scipy_on_all_256_values(location, raw):
+def test_discretized_logistic_equals_scipy_on_all_256_values(location, raw):
     params = torch.tensor([location, raw], dtype=torch.float64).expand(256, 2)
     scale = math.exp(-7 + np.logaddexp(0, raw + 7))
     expected = torch.from_numpy(scipy_log_mass(np.arange(256.0), location, scale))
     finite = expected > -600  # further out scipy's difference of tails is zero
-    ours = pixelwise(DiscretisedLogistic().log_prob, params, LEVELS)
+    ours = pixelwise(DiscretizedLogistic().log_prob, params, LEVELS)
     torch.testing.assert_close(ours[finite], expected[finite], rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(pixelwise(DiscretisedLogistic().log_prob, params.float(), LEVELS.float()), ours.float())
+    torch.testing.assert_close(pixelwise(DiscretizedLogistic().log_prob, params.float(), LEVELS.float()), ours.float())
 
 
-def test_discretised_logistic_mass_sums_to_one_at_extreme_parameters_too():
+def test_discretized_logistic_mass_sums_to_one_at_extreme_parameters_too():
     locations = torch.tensor([-1e4, -30.0, -1.0, -0.5, -0.49804, 0.0, 0.3, 1.0, 30.0, 1e4])
     location, raw, x = torch.meshgrid(locations, EXTREMES, LEVELS.float(), indexing="ij")
-    mass = pixelwise(DiscretisedLogistic().log_prob, torch.stack([location, raw], -1), x).exp().sum(-1)
+    mass = pixelwise(DiscretizedLogistic().log_prob, torch.stack([location, raw], -1), x).exp().sum(-1)
     torch.testing.assert_close(mass, torch.ones_like(mass), rtol=0, atol=1e-6)
 
 
 def test_logistic_mixture_mass_of_grey_pixels_sums_to_one():
-    likelihood = DiscretisedLogisticMixture(5)
+    likelihood = DiscretizedLogisticMixture(5)
     params = 4 * torch.randn(300, 1, 20, generator=seeded())
     params[:100] *= 1e3  # weights, locations and scales at their extremes
     mass = pixelwise(likelihood.log_prob, params.expand(300, 256, 20), LEVELS.float()).exp().sum(-1)
@@ -297,7 +297,7 @@ def test_logistic_mixture_of_colours_equals_its_definition(coupled):
     log_mass = sum(scipy_log_mass(level[i], centres[i], np.exp(log_scale[:, i])) for i in range(3))
     expected = scipy.special.logsumexp(scipy.special.log_softmax(logits.sum(1), axis=0) + log_mass, axis=0)
 
-    likelihood = DiscretisedLogisticMixture(K, coupled)
+    likelihood = DiscretizedLogisticMixture(K, coupled)
     images = torch.from_numpy(params).reshape(-1, 3, N).permute(2, 0, 1)[..., None, None]
     ours = likelihood.log_prob(images, torch.from_numpy(level / 255).T[..., None, None])
     torch.testing.assert_close(ours, torch.from_numpy(expected), rtol=1e-9, atol=1e-8)
@@ -316,18 +316,18 @@ def test_logistic_mixture_of_coupled_colours_sums_to_one_over_the_colours():
         *range(132, 149),
     ]:  # 8 levels about either component's location, at a scale of 1/4 level
         x = torch.stack(torch.broadcast_tensors(torch.tensor(red / 255), window[:, 0], window[:, 0].T), -1)
-        log_prob = DiscretisedLogisticMixture(K).log_prob(params.reshape(-1, 3, 1, 1), x[..., None, None])
+        log_prob = DiscretizedLogisticMixture(K).log_prob(params.reshape(-1, 3, 1, 1), x[..., None, None])
         total += log_prob.exp().sum().item()
     assert total == pytest.approx(1, abs=1e-5)
 
 
-def test_one_component_without_coupling_is_the_discretised_logistic():
+def test_one_component_without_coupling_is_the_discretized_logistic():
     params = torch.randn(50, 2, 3, 2, 2, generator=seeded(), dtype=torch.float64)
     x = LEVELS[torch.randint(256, (50, 3, 2, 2), generator=seeded(1))]
-    mixture = DiscretisedLogisticMixture(1, coupled=False)
+    mixture = DiscretizedLogisticMixture(1, coupled=False)
     stacked = torch.cat([torch.full_like(params[:, :1], 3.0), params], dim=1)
-    torch.testing.assert_close(mixture.log_prob(stacked, x), DiscretisedLogistic().log_prob(params, x))
-    torch.testing.assert_close(mixture.mean(stacked), DiscretisedLogistic().mean(params))
+    torch.testing.assert_close(mixture.log_prob(stacked, x), DiscretizedLogistic().log_prob(params, x))
+    torch.testing.assert_close(mixture.mean(stacked), DiscretizedLogistic().mean(params))
 
 
 def test_mean_of_a_clipped_logistic_equals_quadrature_on_both_of_its_formulas():
@@ -342,12 +342,12 @@ def test_mean_of_a_clipped_logistic_equals_quadrature_on_both_of_its_formulas():
     assert clipped_logistic_mean(torch.tensor(0.5), torch.tensor(1e4)).item() == 0
 
 
-def test_mean_of_a_discretised_logistic_is_within_half_a_grey_level():
+def test_mean_of_a_discretized_logistic_is_within_half_a_grey_level():
     location, raw = torch.meshgrid(torch.linspace(-1.3, 1.3, 53), torch.linspace(-9, 3, 25), indexing="ij")
     params = torch.stack([location, raw], -1).flatten(0, 1).double()
-    mass = pixelwise(DiscretisedLogistic().log_prob, params[:, None].expand(-1, 256, 2), LEVELS).exp()
+    mass = pixelwise(DiscretizedLogistic().log_prob, params[:, None].expand(-1, 256, 2), LEVELS).exp()
     exact = (mass * LEVELS).sum(-1)
-    ours = DiscretisedLogistic().mean(params[..., None, None, None]).flatten()
+    ours = DiscretizedLogistic().mean(params[..., None, None, None]).flatten()
     assert (ours - exact).abs().max() <= 0.5 / 255
 
 
@@ -356,7 +356,7 @@ def test_samples_average_to_the_mean(likelihood):
     N = 40_000
     # couplings and scales mild enough that clipping hardly bends the coupled means
     params = 0.5 * torch.randn(likelihood.params_per_pixel, 3, 2, 2, generator=seeded(3), dtype=torch.float64)
-    if isinstance(likelihood, DiscretisedLogistic | DiscretisedLogisticMixture):
+    if isinstance(likelihood, DiscretizedLogistic | DiscretizedLogisticMixture):
         blocks = params.unflatten(0, (-1, getattr(likelihood, "components", 1)))
         blocks[-2 if getattr(likelihood, "coupled", False) else -1] -= 3
     with torch.no_grad():
@@ -371,7 +371,7 @@ def test_samples_average_to_the_mean(likelihood):
 
 @pytest.mark.parametrize("location, raw, channels", [(0.2, -4.0, 1), (-0.95, -2.0, 1), (0.2, -4.0, 3)])
 def test_samples_of_the_mixture_have_the_frequencies_of_its_masses(location, raw, channels):
-    likelihood, N = DiscretisedLogisticMixture(2), 20_000
+    likelihood, N = DiscretizedLogisticMixture(2), 20_000
     params = torch.zeros(4, 2, channels, 1, 1, dtype=torch.float64)
     params[0, 1], params[1, 0], params[1, 1], params[2] = 0.3, location, -location, raw
     draws = likelihood.sample(params.flatten(0, 1).expand(N, 8, channels, 1, 1), seeded(5))
@@ -385,7 +385,7 @@ def test_samples_of_the_mixture_have_the_frequencies_of_its_masses(location, raw
 def test_sampled_colours_lean_on_each_other_by_the_couplings():
     params = torch.zeros(4, 1, 3, 1, 1, dtype=torch.float64)
     params[2], params[3] = -3.0, torch.tensor([0.5, -0.4, 0.8])[:, None, None]
-    draws = DiscretisedLogisticMixture(1).sample(params.flatten(0, 1).expand(40_000, 4, 3, 1, 1), seeded(5))
+    draws = DiscretizedLogisticMixture(1).sample(params.flatten(0, 1).expand(40_000, 4, 3, 1, 1), seeded(5))
     red, green, blue = 2 * draws[:, :, 0, 0].T - 1
     (a,) = torch.linalg.lstsq(red[:, None], green).solution
     b, c = torch.linalg.lstsq(torch.stack([red, green], 1), blue).solution
@@ -442,8 +442,8 @@ def test_what_makes_no_sense_is_refused_in_a_sentence():
         lambda: Laplace(0.0),
         lambda: Gaussian(float("nan")),
         lambda: OptimalSigmaGaussian(decay=1.0),
-        lambda: DiscretisedLogisticMixture(0),
-        lambda: DiscretisedLogisticMixture().log_prob(torch.zeros(20, 2, 4, 4), torch.zeros(2, 4, 4)),
+        lambda: DiscretizedLogisticMixture(0),
+        lambda: DiscretizedLogisticMixture().log_prob(torch.zeros(20, 2, 4, 4), torch.zeros(2, 4, 4)),
         lambda: Gaussian().log_prob(torch.zeros(2, 1, 4, 4), torch.zeros(1, 4, 4)),
         lambda: Bernoulli().log_prob(torch.zeros(1, 1, 4, 4), torch.zeros(1, 5, 4)),
     ):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vae.errors import VAEError
-from vae.likelihoods import Bernoulli, DiscretisedLogisticMixture, Gaussian
+from vae.likelihoods import Bernoulli, DiscretizedLogisticMixture, Gaussian
 from vae.networks import burgess, conv, linear, mlp, resnet
 from vae.networks.base import dense_layers
 
@@ -66,7 +66,7 @@ def test_an_image_is_encoded_and_decoded_the_same_alone_in_a_batch_and_in_traini
 
 
 @pytest.mark.parametrize("builder", [mlp, linear, conv, resnet, burgess])
-@pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(), DiscretisedLogisticMixture(2)])
+@pytest.mark.parametrize("likelihood", [Bernoulli(), Gaussian(), DiscretizedLogisticMixture(2)])
 def test_a_decoder_of_zero_weights_predicts_the_mean_image_given_as_bias(builder, likelihood):
     shape = (3, 64, 64) if builder is burgess else (3, 12, 9)
     _, decoder = build(builder, shape, 4, likelihood.params_per_pixel)

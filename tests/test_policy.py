@@ -8,24 +8,12 @@ import math
 import pytest
 import torch
 
+from vae.advantages import advantages, penalised_reward, token_rewards
 from vae.beta import AdaptiveKL, Linear
 from vae.errors import VAEError
 from vae.kl import kl_categorical
-from vae.policy import (
-    AGGREGATIONS,
-    CISPO,
-    GRPO,
-    GSPO,
-    PENALTIES,
-    DrGRPO,
-    PPOClip,
-    Reinforce,
-    advantages,
-    clipped_loss,
-    penalised_reward,
-    reinforce_loss,
-    token_rewards,
-)
+from vae.policy import CISPO, GRPO, GSPO, PENALTIES, DrGRPO, PPOClip, Reinforce
+from vae.surrogates import AGGREGATIONS, clipped_loss, reinforce_loss
 
 NAN = math.nan
 
@@ -50,6 +38,15 @@ def call(objective, batch, **more):
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_baseline_of_the_release_before_is_taken_with_a_warning():
+    returns = torch.tensor([1.0, 2.0, 6.0])
+    with pytest.warns(FutureWarning, match="group_normalized"):
+        old = advantages(returns, baseline="group_normalised")
+    assert torch.equal(old, advantages(returns, baseline="group_normalized"))
+    with pytest.warns(FutureWarning, match="group_normalized"):
+        assert Reinforce(baseline="group_normalised").baseline == "group_normalized"
 
 
 def test_worked_numbers_of_the_policy_penalty():
@@ -79,7 +76,7 @@ def test_advantages_of_two_groups():
         "none": [1, 2, 6, 5, 5, 5],
         "mean": [-2, -1, 3, 0, 0, 0],
         "leave_one_out": [-3, -1.5, 4.5, 0, 0, 0],
-        "group_normalised": [-2 / deviation, -1 / deviation, 3 / deviation, 0, 0, 0],
+        "group_normalized": [-2 / deviation, -1 / deviation, 3 / deviation, 0, 0, 0],
     }
     for baseline, values in expected.items():
         value = advantages(returns, baseline=baseline, group_size=3)
@@ -88,22 +85,22 @@ def test_advantages_of_two_groups():
 
 def test_a_group_of_equal_rewards_has_no_advantage():
     returns = torch.full((7,), 0.1)  # their mean is not 0.1 but for rounding, which divided by itself would be -0.93
-    assert torch.equal(advantages(returns, baseline="group_normalised"), torch.zeros(7))
+    assert torch.equal(advantages(returns, baseline="group_normalized"), torch.zeros(7))
 
 
 def test_a_group_whose_rewards_differ_by_rounding_has_no_advantage():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         returns = torch.tensor([0.1 + 0.2, 0.3, 0.3, 0.3], dtype=dtype)
-        assert torch.equal(advantages(returns, baseline="group_normalised"), torch.zeros(4))
+        assert torch.equal(advantages(returns, baseline="group_normalized"), torch.zeros(4))
     nearly = 3.7 - torch.tensor([1, 1 + 1e-7, 1, 1]) * 0.2
-    assert torch.equal(advantages(nearly, baseline="group_normalised"), torch.zeros(4))
+    assert torch.equal(advantages(nearly, baseline="group_normalized"), torch.zeros(4))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e15])
 def test_normalised_advantages_do_not_depend_on_the_scale_of_the_rewards(scale):
     returns = scale * torch.tensor([1.0, 2.0, 6.0])
     expected = torch.tensor([-2.0, -1.0, 3.0]) / math.sqrt(7)
-    torch.testing.assert_close(advantages(returns, baseline="group_normalised"), expected)
+    torch.testing.assert_close(advantages(returns, baseline="group_normalized"), expected)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +188,7 @@ def test_grpo_is_the_formula_of_trls_grpo_trainer(batch, loss_type, high):
 def test_trls_1e_4_in_the_deviation_changes_advantages_by_less_than_one_part_in_a_thousand(batch):
     rewards = batch["rewards"].view(2, 3)
     trl = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
-    ours = advantages(batch["rewards"], baseline="group_normalised", group_size=3).view(2, 3)
+    ours = advantages(batch["rewards"], baseline="group_normalized", group_size=3).view(2, 3)
     torch.testing.assert_close(ours, trl, rtol=1e-3, atol=0)
 
 
@@ -542,7 +539,7 @@ def test_a_penalty_of_weight_0_is_0_where_its_ratio_overflows(options):
     terms = GRPO(group_size=4, **options)(**batch)
     terms["loss"].backward()
     assert terms["loss"].item() == pytest.approx(0.0, abs=1e-6)
-    expected = -advantages(batch["rewards"], baseline="group_normalised")[:, None] / 4
+    expected = -advantages(batch["rewards"], baseline="group_normalized")[:, None] / 4
     torch.testing.assert_close(batch["log_pi"].grad, expected)
 
 

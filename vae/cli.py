@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from vae.errors import VAEError
 CONFIGS = next(
     str(path) for path in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if path.is_dir()
 )
+
+RENAMED = re.compile(r"(?<![^+~])(data\.labelled|objective\.labelled_per_batch)(?![^=])")  # keys of the release before
 
 TRANSIENT = {"run", "resume", "progress_bar"}  # options of a command, not of the run that it makes
 
@@ -84,6 +87,19 @@ def quote_run() -> None:
         if not plain:
             escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), word[4:])
             sys.argv[place] = f"run='{escaped}'"
+
+
+def rename_old() -> None:
+    """Let options on this process's command line have the names of the release before, with a FutureWarning for each."""
+    for place, word in enumerate(sys.argv[1:], 1):
+        new = RENAMED.sub(lambda old: old[0].replace("labelled", "labeled"), word)
+        if re.match(r"[+~]*likelihood\b", word):
+            new = re.sub(r"(?<=[dD])iscretised(?=_?[lL]ogistic)", "iscretized", word)
+        if new != word:
+            warnings.warn(
+                f"{word} is now {new}: the old name will be gone in the next release.", FutureWarning, stacklevel=2
+            )
+            sys.argv[place] = new
 
 
 def command(module: str, **options: object) -> str:

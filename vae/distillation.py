@@ -225,7 +225,7 @@ def sequence_distillation_loss(
 def distillation_reward(*, log_student: Tensor, log_teacher: Tensor, mask: Tensor) -> Tensor:
     """sum_(s >= t) log teacher_s - log student_s of the tokens drawn: (B, L), without gradient; 0 off the mask.
 
-    As the advantage of `vae.policy.reinforce_loss` its expected gradient is that of KL(student || teacher) of whole
+    As the advantage of `vae.surrogates.reinforce_loss` its expected gradient is that of KL(student || teacher) of whole
     sequences, without the teacher's whole distribution (MiniLLM; as a reward, k1 with reward-to-go).
     """
     reward = -real(k1(log_pi=log_student.detach(), log_ref=log_teacher.detach()), mask)

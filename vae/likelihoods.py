@@ -1,4 +1,4 @@
-"""p(x|z): the distribution of an image given the parameters that the decoder puts out for it.
+"""p(x|z): the distribution of an image given the decoder's parameters. One room: each likelihood a class, then its formulas.
 
 Every likelihood answers for one image in nats, all constants included, and shares one layout: `params` is
 (..., P, C, H, W), where P = `params_per_pixel` numbers describe each sub-pixel, and `x` is (..., C, H, W) in [0, 1];
@@ -269,7 +269,7 @@ class LearnedScaleLaplace(Laplace):
     learned = True
 
 
-class DiscretisedLogistic(Likelihood):
+class DiscretizedLogistic(Likelihood):
     """8-bit pixels x = k / 255: the mass that a logistic puts on each value's bin, the end bins reaching to infinity.
 
     Kingma et al. 2016, Salimans et al. 2017. Parameters (location, raw), in units where pixels span [-1, 1] as in
@@ -281,7 +281,7 @@ class DiscretisedLogistic(Likelihood):
 
     def pixel_log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         location, raw = params.unbind(-4)
-        return discretised_logistic_log_prob(_level(x), location, _log_scale(raw))
+        return discretized_logistic_log_prob(_level(x), location, _log_scale(raw))
 
     def mean(self, params: Tensor) -> Tensor:
         """To half a grey level: the mean of the logistic clipped to [0, 1], its rounding not followed."""
@@ -298,14 +298,14 @@ class DiscretisedLogistic(Likelihood):
         return torch.stack([_location_for_mean(mean.clamp(0.001, 0.999), _log_scale(raw)), raw])
 
 
-class DiscretisedLogisticMixture(Likelihood):
+class DiscretizedLogisticMixture(Likelihood):
     """A mixture of discretised logistics for 8-bit grey or RGB images, as in PixelCNN++ (Salimans et al. 2017).
 
     A pixel chooses one of K components for all its channels; then, when `coupled`, green is centred on
     m_G + a r and blue on m_B + b r + c g, where r, g are the channels already known, in [-1, 1].
 
     Layout, params (..., 4K, C, H, W), in blocks of K: [weight logits | locations | raw log-scales | raw couplings].
-    Weight: a pixel's K logits are the sums of its C channels' planes. Scale: as in DiscretisedLogistic.
+    Weight: a pixel's K logits are the sums of its C channels' planes. Scale: as in DiscretizedLogistic.
     Coupling: tanh of the planes 0, 1, 2, which hold a, b, c. A grey image has nothing to couple and does not read
     them. `coupled=False` leaves that block out (3K planes): the channels are then independent given the component.
 
@@ -336,11 +336,11 @@ class DiscretisedLogisticMixture(Likelihood):
         channels = (level / 127.5 - 1).unbind(-3)
         centres = torch.broadcast_tensors(*(_centre(c, location, coupling, channels) for c in range(len(channels))))
         centre = torch.stack(centres, dim=-3)
-        log_mass = discretised_logistic_log_prob(level, centre, log_scale).sum(-3, keepdim=True)
+        log_mass = discretized_logistic_log_prob(level, centre, log_scale).sum(-3, keepdim=True)
         return torch.logsumexp(log_weights + log_mass, dim=-4)
 
     def mean(self, params: Tensor) -> Tensor:
-        """To half a grey level, as in DiscretisedLogistic, without coupling. A coupled channel is taken at the means of
+        """To half a grey level, as in DiscretizedLogistic, without coupling. A coupled channel is taken at the means of
         those before it in its component: an approximation where its own clipping at 0 and 1 bends what it sees of them
         (with random parameters 0.004 on average, at worst 0.1). `sample` is exact."""
         log_weights, location, log_scale, coupling = self._unpack(params)
@@ -361,8 +361,8 @@ class DiscretisedLogisticMixture(Likelihood):
         return _level((1 + draw) / 2) / 255
 
     def bias_for_mean(self, mean: Tensor) -> Tensor:
-        """Every component as in DiscretisedLogistic, equally likely, uncoupled; the net's weights tell them apart."""
-        location, zero = DiscretisedLogistic().bias_for_mean(mean)
+        """Every component as in DiscretizedLogistic, equally likely, uncoupled; the net's weights tell them apart."""
+        location, zero = DiscretizedLogistic().bias_for_mean(mean)
         blocks = [zero, location, zero, zero][: self.params_per_pixel // self.components]
         return torch.stack(blocks).repeat_interleave(self.components, dim=0)
 
@@ -404,7 +404,7 @@ def soft_floor(raw: Tensor, floor: float) -> Tensor:
     return floor + F.softplus(raw - floor)
 
 
-def discretised_logistic_log_prob(level: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
+def discretized_logistic_log_prob(level: Tensor, location: Tensor, log_scale: Tensor) -> Tensor:
     """log of a logistic's mass in the bin of each grey level 0.0 .. 255.0, the end bins open; broadcasts.
 
     Location and scale are in units where the levels span [-1, 1].

@@ -34,32 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vae.advantages import advantages, baseline_named, penalised_reward
 from vae.beta import Constant
 from vae.errors import VAEError
-from vae.importance import RATIOS, log_importance, per_sequence_mean, ratio_k1, ratio_k2, ratio_k3, real
+from vae.importance import RATIOS, log_importance, ratio_k1, ratio_k2, ratio_k3, real
 from vae.kl import k1, k2, k3
 from vae.precision import full_precision
-
-# ------------------------------------------------------------------------------------------------------ over tokens
-
-
-def sequence_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over each sequence's tokens, mean over sequences: the policy gradient proper (REINFORCE, RLOO)."""
-    return real(values, mask).sum(-1).mean()
-
-
-def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over each sequence's tokens, mean over sequences: GRPO as published; a token of a long answer weighs less."""
-    return per_sequence_mean(values, mask).mean()
-
-
-def token_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over all real tokens of the batch: DAPO (Yu et al. 2025); a long answer weighs more."""
-    return real(values, mask).sum() / mask.sum().clamp(min=1)
-
-
-AGGREGATIONS = {"sequence_sum": sequence_sum, "sequence_mean": sequence_mean, "token_mean": token_mean}
-
+from vae.surrogates import AGGREGATIONS, cispo_loss, clipped_loss, reinforce_loss
 
 # ------------------------------------------------------------------------------------------------------- penalties
 
@@ -78,133 +59,6 @@ PENALTIES = {
     "loss_k3_is": ratio_k3,
     "loss_exact": None,
 }
-
-
-# --------------------------------------------------------------------------------------------- penalty in the reward
-
-
-def penalised_reward(
-    *, rewards: Tensor, log_pi: Tensor, log_ref: Tensor, mask: Tensor, beta: float | Tensor, per: str = "sequence"
-) -> Tensor:
-    """rewards - beta KL by k1 of each sequence, in the reward's units, without gradient: (B,).
-
-    per: "sequence" sums k1 over the tokens, an estimate of KL(pi || pi_ref) of whole sequences; "token" averages it over
-    them, so that beta does not depend on the length. log_pi: of the policy that drew the tokens.
-    Raises VAEError for another `per`.
-    """
-    token_kl = k1(log_pi=log_pi.detach(), log_ref=log_ref.detach())
-    if per not in ("sequence", "token"):
-        raise VAEError(f"The penalty is taken per 'sequence' or per 'token', not {per!r}.")
-    kl = real(token_kl, mask).sum(-1) if per == "sequence" else per_sequence_mean(token_kl, mask)
-    return rewards - beta * kl
-
-
-def token_rewards(*, rewards: Tensor, log_pi: Tensor, log_ref: Tensor, mask: Tensor, beta: float | Tensor) -> Tensor:
-    """-beta k1 at each real token, plus the sequence's reward at its last one: what a critic learns from, (B, L).
-
-    Sums to `penalised_reward` over a sequence; 0 on padding (Ziegler et al. 2019; TRL's PPO). No gradient.
-    """
-    mask, rewards = mask.bool(), full_precision(rewards)
-    penalty = -beta * real(k1(log_pi=log_pi.detach(), log_ref=log_ref.detach()), mask)
-    real_tokens_left = mask.long().flip(-1).cumsum(-1).flip(-1)
-    return penalty + torch.where(mask & (real_tokens_left == 1), rewards.unsqueeze(-1), torch.zeros_like(penalty))
-
-
-# ------------------------------------------------------------------------------------------------ returns -> advantages
-
-
-def no_baseline(returns: Tensor) -> Tensor:
-    """The returns as they are."""
-    return returns
-
-
-def mean_baseline(returns: Tensor) -> Tensor:
-    """Less the group's mean. Each return is in its own baseline, so that K of them shrink the gradient by (K - 1) / K."""
-    return returns - returns.mean(-1, keepdim=True)
-
-
-def leave_one_out(returns: Tensor) -> Tensor:
-    """Less the mean of the others in the group: unbiased (Kool et al. 2019; RLOO)."""
-    k = returns.shape[-1]
-    return returns - (returns.sum(-1, keepdim=True) - returns) / (k - 1)
-
-
-def group_normalised(returns: Tensor) -> Tensor:
-    """Less the group's mean, divided by its standard deviation (with K - 1); 0 in a group of equals. GRPO.
-
-    Returns are equal if they differ by less than a millionth of the largest: that is rounding, which divided by itself
-    would come out at full size. TRL adds 1e-4 to the deviation instead.
-    """
-    span = returns.amax(-1, keepdim=True) - returns.amin(-1, keepdim=True)
-    equal = span <= 1e-6 * returns.abs().amax(-1, keepdim=True)
-    # in units of the span, so that the squares of tiny returns do not vanish
-    scaled = (returns - returns.mean(-1, keepdim=True)) / span.masked_fill(equal, 1.0)
-    deviation = scaled.std(-1, keepdim=True).masked_fill(equal, 1.0)
-    return (scaled / deviation).masked_fill(equal, 0.0)
-
-
-BASELINES = {
-    "none": no_baseline,
-    "mean": mean_baseline,
-    "leave_one_out": leave_one_out,
-    "group_normalised": group_normalised,
-}
-
-
-def advantages(returns: Tensor, *, baseline: str, group_size: int | None = None) -> Tensor:
-    """Returns (B,) less a baseline named in BASELINES, within consecutive groups of `group_size` (None: all one group).
-
-    Raises VAEError for an unknown baseline, a batch that is not whole groups, or a group of one where others are needed.
-    """
-    if baseline not in BASELINES:
-        raise VAEError(f"There is no baseline {baseline!r}: choose among {', '.join(BASELINES)}.")
-    size = len(returns) if group_size is None else group_size
-    if len(returns) % size:
-        raise VAEError(f"{len(returns)} sequences are not whole groups of {size}.")
-    if size < 2 and baseline != "none":
-        raise VAEError(f"The baseline {baseline!r} needs groups of at least two sequences.")
-    return BASELINES[baseline](full_precision(returns).reshape(-1, size)).flatten()
-
-
-# ---------------------------------------------------------------------------------------------------- surrogate losses
-
-
-def reinforce_loss(*, log_pi: Tensor, advantages: Tensor) -> Tensor:
-    """-A log pi of each token; its gradient is the policy gradient (Williams 1992). A: (B,) or (B, L) -> (B, L)."""
-    return -_per_token(advantages, log_pi) * full_precision(log_pi)
-
-
-def clipped_loss(
-    *,
-    log_pi: Tensor,
-    log_old: Tensor,
-    advantages: Tensor,
-    clip: float | Tensor,
-    clip_high: float | Tensor | None = None,
-) -> Tensor:
-    """-min(w A, clip(w, 1 - clip, 1 + clip_high) A) of each token, w = pi / pi_old (Schulman et al. 2017).
-
-    clip_high: clip unless given (DAPO's clip-higher). Shapes: log-probabilities (B, L), A (B,) or (B, L) -> (B, L).
-    """
-    gain = _per_token(advantages, log_pi)
-    ratio = torch.exp(full_precision(log_pi) - full_precision(log_old.detach()))
-    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
-    return -torch.minimum(ratio * gain, clipped * gain)
-
-
-def cispo_loss(*, log_pi: Tensor, log_ratio: Tensor, advantages: Tensor, clip_high: float | Tensor) -> Tensor:
-    """-min(w, 1 + clip_high) A log pi of each token, the weight held constant (MiniMax-M1, Chen et al. 2025): (B, L).
-
-    Where `clipped_loss` drops the gradient of a clipped token, this keeps it at the bounded weight: REINFORCE under
-    truncated importance weights.
-    """
-    weight = full_precision(log_ratio.detach()).exp().clamp(max=1 + clip_high)
-    return weight * reinforce_loss(log_pi=log_pi, advantages=advantages)
-
-
-def _per_token(advantages: Tensor, log_pi: Tensor) -> Tensor:
-    advantages = full_precision(advantages.detach())
-    return advantages if advantages.dim() == log_pi.dim() else advantages.unsqueeze(-1)
 
 
 # -------------------------------------------------------------------------------------------------------- objectives
@@ -241,7 +95,6 @@ class PolicyObjective(nn.Module):
             )
         for what, name, known in (
             ("penalty", penalty, PENALTIES),
-            ("baseline", baseline, BASELINES),
             ("aggregation", aggregation, AGGREGATIONS),
             ("penalty_ratio", penalty_ratio, RATIOS),
         ):
@@ -251,7 +104,8 @@ class PolicyObjective(nn.Module):
             raise VAEError(f"group_size must be at least 1, not {group_size}.")
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.schedule = Constant() if schedule is None else schedule
-        self.penalty, self.baseline, self.group_size, self.aggregation = penalty, baseline, group_size, aggregation
+        self.penalty, self.baseline = penalty, baseline_named(baseline)
+        self.group_size, self.aggregation = group_size, aggregation
         self.penalty_ratio = penalty_ratio
 
     def token_loss(self, log_pi: Tensor, log_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
@@ -331,7 +185,7 @@ class Reinforce(PolicyObjective):
     """-A log pi, summed over each sequence, with the penalty in the reward and the leave-one-out baseline (RLOO).
 
     The gradient is unbiased for E[reward] - beta KL(pi || pi_ref) of whole sequences (not with baseline "mean", which
-    scales it, nor "group_normalised", nor with another aggregation). On-policy: raises VAEError if given log_old.
+    scales it, nor "group_normalized", nor with another aggregation). On-policy: raises VAEError if given log_old.
     """
 
     def __init__(
@@ -417,7 +271,7 @@ class GRPO(PPOClip):
         beta: float = 0.04,
         schedule: nn.Module | None = None,
         penalty: str = "loss_k3_is",
-        baseline: str = "group_normalised",
+        baseline: str = "group_normalized",
         aggregation: str = "sequence_mean",
         clip: float = 0.2,
         clip_high: float | None = None,

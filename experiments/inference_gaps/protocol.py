@@ -123,14 +123,14 @@ def with_flows(vae: VAE, batch: Batch, steps: int, local: dict) -> VAE:
     direction = maps[..., : vae.latent_dim]  # w; with u = 0 the map is the identity
     direction.normal_(0, 0.1, generator=generator(batch.seed, "flow"))
     start = torch.cat([gaussian, maps.flatten(1)], -1)
-    found = optimise_locally(flowing, batch.x, None, start, **local, noise=generator(batch.seed, "flow noise"))
+    found = optimise_locally(flowing, batch.x, None, start, **local, generator=generator(batch.seed, "flow noise"))
     flowing.encoder = Given(found)
     return flowing
 
 
 def found_from(start: torch.Tensor, vae: VAE, batch: Batch, local: dict, elbo_samples: int) -> torch.Tensor:
     """The ELBO of each image's best diagonal Gaussian, (B,), looked for from `start`, an encoder's output (B, 2 D)."""
-    found = optimise_locally(vae, batch.x, None, start, **local, noise=generator(batch.seed, "found from"))
+    found = optimise_locally(vae, batch.x, None, start, **local, generator=generator(batch.seed, "found from"))
     return elbo(vae, batch.x, None, found, elbo_samples, generator(batch.seed, "found from elbo"))
 
 

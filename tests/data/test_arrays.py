@@ -267,7 +267,7 @@ def test_without_h5py_a_sentence_says_what_to_install(tmp_path, monkeypatch):
 
 def test_arrays_are_binarised_limited_and_partly_labelled_as_any_data_set(tmp_path):
     path = save(tmp_path / "a.npz", x=FLOATS, y=Y)
-    data = ImageDataModule(lambda: arrays(path), batch_size=8, binarize="dynamic", labelled=8, limit=20)
+    data = ImageDataModule(lambda: arrays(path), batch_size=8, binarize="dynamic", labeled=8, limit=20)
     train, val, _ = data.splits_ready()
     assert (len(train), len(val)) == (20, 4)
     assert (train.y >= 0).sum() <= 8 and data.num_classes == 4

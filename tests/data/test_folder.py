@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from vae.data import folder as module
-from vae.data.folder import Options, decode, decode_once, folder, list_files
+from vae.data import decoding as module
+from vae.data.decoding import Options, decode, decode_once
+from vae.data.folder import folder, list_files
 from vae.data.module import ImageDataModule
 from vae.errors import VAEError
 
@@ -418,7 +419,7 @@ def test_any_number_of_workers_gives_the_same_file(tmp_path):
 
 def test_a_folder_is_binarised_limited_and_partly_labelled_as_any_data_set(tmp_path):
     write_many(tmp_path, *(f"{name}/{i}.png" for name in "ab" for i in range(20)))
-    data = ImageDataModule(lambda: folder(tmp_path), batch_size=8, binarize="static", labelled=10, limit=30)
+    data = ImageDataModule(lambda: folder(tmp_path), batch_size=8, binarize="static", labeled=10, limit=30)
     train, val, test = data.splits_ready()
     assert (len(train), len(val), len(test)) == (30, 4, 4)
     assert sorted(train.y.tolist()).count(-1) == 20 and data.num_classes == 2

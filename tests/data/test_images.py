@@ -198,8 +198,8 @@ def test_a_limit_does_not_change_the_number_of_classes():
 def test_fewer_labels_than_asked_for_are_told():
     y = torch.tensor([0, 0, 0, 0, 1, 1])
     with pytest.warns(UserWarning, match=r"3 images of each class, and there are only 2 of class 1: 5 are kept"):
-        kept = data(y=y, labelled=6).splits_ready().train.y
+        kept = data(y=y, labeled=6).splits_ready().train.y
     assert (kept[:4] >= 0).sum() == 3
     assert kept[4:].tolist() == [1, 1]
     with pytest.raises(VAEError, match="multiple of the number of classes, 2"):
-        data(y=y, labelled=3).setup()
+        data(y=y, labeled=3).setup()

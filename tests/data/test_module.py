@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from vae.data.images import Images, Splits
-from vae.data.module import BatchLoader, EpochSampler, ImageDataModule
+from vae.data.loader import BatchLoader, EpochSampler
+from vae.data.module import ImageDataModule
 from vae.errors import VAEError
 
 
@@ -91,7 +92,7 @@ def test_labels_that_training_does_not_see_are_there_to_measure_with():
         return Splits(*(Images(grey(n).x, torch.arange(n) % 5) for n in (40, 20, 20)))
 
     for binarize in ("none", "dynamic"):
-        data = ImageDataModule(source, batch_size=8, binarize=binarize, labelled=10)
+        data = ImageDataModule(source, batch_size=8, binarize=binarize, labeled=10)
         assert (data.splits_ready().train.y >= 0).sum() == 10
         assert data.examples("train", 40).y.tolist() == [i % 5 for i in range(40)]
         assert set(torch.cat([batch.y for batch in data.train_dataloader()]).tolist()) == {-1, 0, 1, 2, 3, 4}
@@ -125,7 +126,7 @@ def test_streamed_images_arrive_as_gathered_ones_do():
         ({"batch_size": 0}, "data.batch_size=0 must be a whole number of at least 1"),
         ({"eval_batch_size": 64.5}, "data.eval_batch_size=64.5 must be a whole number"),
         ({"limit": -1}, "data.limit=-1 must be a whole number of at least 1, or null"),
-        ({"labelled": True}, "data.labelled=True must be a whole number"),
+        ({"labeled": True}, "data.labeled=True must be a whole number"),
         ({"binarize": "maybe"}, "choose one of none, threshold, static, dynamic"),
     ],
 )

@@ -12,7 +12,7 @@ from vae.engine.build import build, instantiate
 from vae.engine.callbacks.pictures import as_rgb, grid
 from vae.engine.run import train
 from vae.errors import VAEError
-from vae.likelihoods import Bernoulli, ContinuousBernoulli, DiscretisedLogistic, DiscretisedLogisticMixture
+from vae.likelihoods import Bernoulli, ContinuousBernoulli, DiscretizedLogistic, DiscretizedLogisticMixture
 
 
 def test_images_of_any_number_of_channels_are_trained_on_measured_and_drawn(tiny, tmp_path):
@@ -46,7 +46,7 @@ def test_other_numbers_of_channels_are_shown_as_a_grid_of_their_maps(channels, r
     assert len(grid(x, 2)) == 3
 
 
-@pytest.mark.parametrize("likelihood", [Bernoulli(), DiscretisedLogistic(), DiscretisedLogisticMixture()])
+@pytest.mark.parametrize("likelihood", [Bernoulli(), DiscretizedLogistic(), DiscretizedLogisticMixture()])
 def test_a_mass_refuses_floats_unless_they_are_binarised(likelihood):
     def data(floats, binarize="none"):
         return ImageDataModule(lambda: own.images(floats=floats), batch_size=8, binarize=binarize)

@@ -7,6 +7,7 @@ import pytest
 
 from vae.engine.folder import read_config
 from vae.engine.stored import MOVED
+from vae.likelihoods import DiscretizedLogisticMixture
 from vae.objectives.total_correlation import FactorVAE
 
 STORED = """
@@ -41,7 +42,22 @@ def test_what_kept_the_best_weights_and_the_rows_is_what_keeps_them_today(tmp_pa
     assert stored.callbacks.every_ten._target_ == "pytorch_lightning.callbacks.ModelCheckpoint"
 
 
+def test_options_and_likelihoods_that_were_renamed_are_found_in_an_older_folder(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "data: {_target_: vae.data.module.ImageDataModule, labelled: 20, batch_size: 8}\n"
+        "objective: {_target_: vae.objectives.labels.M2, labelled_per_batch: 7}\n"
+        "likelihood: {_target_: vae.likelihoods.DiscretisedLogisticMixture, components: 2}\n"
+        "mine: {_target_: mine.Data, labelled: 3}\n"
+    )
+    config = read_config(tmp_path)
+    assert config.data == {"_target_": "vae.data.module.ImageDataModule", "labeled": 20, "batch_size": 8}
+    assert hydra.utils.instantiate(config.objective).labeled_per_batch == 7
+    likelihood = hydra.utils.instantiate(config.likelihood)
+    assert isinstance(likelihood, DiscretizedLogisticMixture) and likelihood.components == 2
+    assert config.mine.labelled == 3
+
+
 @pytest.mark.parametrize("old", MOVED)
 def test_no_module_is_left_where_a_moved_one_was(old):
-    with pytest.raises(Exception, match="No module named"):
+    with pytest.raises(Exception, match=r"No module named|has no attribute"):
         hydra.utils.get_class(old + "Anything")

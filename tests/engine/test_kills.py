@@ -182,7 +182,7 @@ FAMILIES = {
     "factor_vae": ["objective=factor_vae", "objective.hidden=[8]"],
     "geco": ["objective/schedule=geco", "objective.schedule.target=20"],
     "control": ["objective/schedule=control", "objective.schedule.target=2"],
-    "m2": ["objective=m2", "+data.labelled=20"],
+    "m2": ["objective=m2", "+data.labeled=20"],
     "early stopping": [
         "callbacks=early_stopping",
         "callbacks.early_stopping.patience=7",

@@ -160,7 +160,7 @@ def test_networks_that_cannot_be_compiled_are_trained_as_they_are(tiny, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["objective=piwae", "objective.groups=2", "objective.samples=3"], ["objective=m2", "+data.labelled=20"]],
+    [[], ["objective=piwae", "objective.groups=2", "objective.samples=3"], ["objective=m2", "+data.labeled=20"]],
     ids=["beta_vae", "piwae", "m2"],
 )
 def test_compiled_networks_train_to_the_same_weights_up_to_rounding(tiny, tmp_path, overrides):

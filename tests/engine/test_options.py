@@ -19,7 +19,7 @@ ODD = (-1, 0, 2.5, math.nan, "text", [1, "a"], None)
 #: What a run needs to be tried in an instant, and the data sets that are on no machine.
 WITH = {
     "cvae": [],
-    "m2": ["data.labelled=20"],
+    "m2": ["data.labeled=20"],
     "ada_gvae": ["data=sprites", "++data.source.size=16"],
     "two_layer": ["posterior=two_layer", "prior=two_layer"],
     "burgess": ["data=sprites"],

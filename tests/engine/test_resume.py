@@ -203,9 +203,9 @@ def test_resuming_takes_the_stored_config_and_plain_values_as_hydra_reads_them(t
 
 
 def test_the_same_command_line_may_be_repeated_groups_and_additions_included(tmp_path):
-    line = ["data=digits", "callbacks=minimal", "objective=free_bits", "+data.labelled=10", "network.hidden=[16]"]
+    line = ["data=digits", "callbacks=minimal", "objective=free_bits", "+data.labeled=10", "network.hidden=[16]"]
     line += ["trainer.max_epochs=1", "data.limit=64", "threads=1", f"run={tmp_path / 'run'}", "resume=true"]
-    line[3] = "++data.labelled=null"
+    line[3] = "++data.labeled=null"
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         from hydra import compose
 
@@ -343,7 +343,7 @@ def test_a_run_never_starts_from_what_lightning_left_in_its_folder(slurm, tiny, 
 
 
 @pytest.mark.parametrize(
-    "options", [["objective=cvae"], ["prior=vampprior", "prior.pseudo_inputs=5"], ["objective=m2", "data.labelled=10"]]
+    "options", [["objective=cvae"], ["prior=vampprior", "prior.pseudo_inputs=5"], ["objective=m2", "data.labeled=10"]]
 )
 def test_a_model_loads_and_samples_where_its_data_are_not(options, tiny, tmp_path, monkeypatch):
     import vae

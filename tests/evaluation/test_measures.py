@@ -24,7 +24,7 @@ KINDS = {
     "plain": [],
     "dynamic": ["data.binarize=dynamic"],
     "cvae": ["objective=cvae"],
-    "m2": ["objective=m2", "+data.labelled=20"],
+    "m2": ["objective=m2", "+data.labeled=20"],
     "mixture": ["prior=mixture"],
     "vampprior": ["prior=vampprior", "prior.pseudo_inputs=4"],
     "realnvp": ["prior=realnvp"],
@@ -34,11 +34,11 @@ KINDS = {
     "made": ["network=made"],
     "gaussian": ["likelihood=gaussian_optimal"],
     "continuous_bernoulli": ["likelihood=continuous_bernoulli"],
-    "discretised_logistic_mixture": ["likelihood=discretised_logistic_mixture"],
+    "discretized_logistic_mixture": ["likelihood=discretized_logistic_mixture"],
     "cvae, iaf, realnvp": ["objective=cvae", "posterior=iaf", "prior=realnvp"],
     "cvae, made, two_layer": ["objective=cvae", "network=made", *TWO_LAYERS],
-    "m2, planar, mixture": ["objective=m2", "+data.labelled=20", "posterior=planar", "prior=mixture"],
-    "m2, made": ["objective=m2", "+data.labelled=20", "network=made", "data.binarize=dynamic"],
+    "m2, planar, mixture": ["objective=m2", "+data.labeled=20", "posterior=planar", "prior=mixture"],
+    "m2, made": ["objective=m2", "+data.labeled=20", "network=made", "data.binarize=dynamic"],
 }
 NO_GAUSSIAN = re.compile("iaf|planar|two_layer")  # q(z|x) is no diagonal Gaussian
 SPLITS = [(kind, "test") for kind in KINDS] + [(kind, "train") for kind in ("dynamic", "cvae", "m2", "m2, made")]
@@ -107,7 +107,7 @@ def test_every_measure_of_every_kind_of_model_is_right_or_refused_in_a_sentence(
 def test_samples_of_a_conditional_model_have_the_labels_they_are_compared_with_and_of_m2_any(tiny, monkeypatch):
     seen = {}
     monkeypatch.setattr(measures, "sample_quality", lambda *_, y, **__: seen.update(y=y) or {})
-    for options in (["objective=cvae"], ["objective=m2", "+data.labelled=20"], []):
+    for options in (["objective=cvae"], ["objective=m2", "+data.labeled=20"], []):
         data, module = build(tiny(*options))
         measures.samples(module.vae, data, "test", Work("samples"), images=30)
         labels = data.examples("test", 30).y
@@ -152,7 +152,7 @@ def folder(tmp_path_factory):
     small = ["data.limit=64", "data.batch_size=32", "trainer.max_epochs=1", "evaluation.nll_samples=5", "threads=1"]
     small += ["trainer.accelerator=cpu", "callbacks=minimal", "network.hidden=[16]", "model.latent_dim=3"]
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        config = compose("train", [*small, "objective=m2", "+data.labelled=20"])
+        config = compose("train", [*small, "objective=m2", "+data.labeled=20"])
     run.train(config, path, [], progress_bar=False)
     return path
 

@@ -11,9 +11,9 @@ import torch
 
 from experiments.kl_estimators_off_policy import claims, exact, page
 from experiments.kl_estimators_off_policy.estimators import ESTIMATORS
+from vae.advantages import penalised_reward
 from vae.importance import log_importance, ratio_k3
 from vae.kl import kl_categorical
-from vae.policy import penalised_reward
 from vae.token_kl import served_kl
 
 

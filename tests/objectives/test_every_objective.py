@@ -29,7 +29,7 @@ SMALL = {
     "ciwae": ["objective.samples=5"],
     "miwae": ["objective.groups=2", "objective.samples=3"],
     "piwae": ["objective.groups=2", "objective.samples=3"],
-    "m2": ["+data.labelled=20", "objective.hidden=[16]"],
+    "m2": ["+data.labeled=20", "objective.hidden=[16]"],
     "ada_gvae": [
         "data=sprites",
         "++data.source.size=16",

@@ -192,7 +192,7 @@ def test_a_wrong_classifier_loosens_the_bound_by_its_divergence_from_the_posteri
 
 
 def test_labelled_images_join_every_training_batch(tiny):
-    data, module = build(tiny("objective=m2", "+data.labelled=20", "objective.labelled_per_batch=8", "data.limit=200"))
+    data, module = build(tiny("objective=m2", "+data.labeled=20", "objective.labeled_per_batch=8", "data.limit=200"))
     assert module.objective.labelled_fraction.item() == pytest.approx(0.1)
     loader = data.train_dataloader()
     first, second = (list(loader.sampler) for _ in range(2))
@@ -206,7 +206,7 @@ def test_labelled_images_join_every_training_batch(tiny):
     assert sum(len(batch.x) for batch in data.val_dataloader()) == 200
 
 
-@pytest.mark.parametrize("overrides", [["objective=m2"], ["objective=cvae", "+data.labelled=20"]])
+@pytest.mark.parametrize("overrides", [["objective=m2"], ["objective=cvae", "+data.labeled=20"]])
 def test_labels_that_are_missing_or_not_are_told_in_one_sentence(tiny, overrides):
     with pytest.raises(VAEError, match="label"):
         build(tiny(*overrides))
@@ -214,7 +214,7 @@ def test_labels_that_are_missing_or_not_are_told_in_one_sentence(tiny, overrides
 
 @pytest.mark.parametrize("objective", ["cvae", "m2"])
 def test_an_image_without_a_label_is_refused_before_training_where_numbers_would_need_it(tiny, objective):
-    labelled = ["+data.labelled=20"] if objective == "m2" else []
+    labelled = ["+data.labeled=20"] if objective == "m2" else []
     data, module = build(tiny(f"objective={objective}", *labelled))
     module.objective.setup(module.vae, data)
     data.splits.val.y[3] = -1
@@ -235,7 +235,7 @@ def test_cvae_is_the_elbo_of_x_given_y():
 
 def test_the_optimal_sigma_survives_a_batch_in_which_every_label_is_known(tiny):
     data, module = build(
-        tiny("objective=m2", "+data.labelled=20", "objective.hidden=[16]", "likelihood=gaussian_optimal")
+        tiny("objective=m2", "+data.labeled=20", "objective.hidden=[16]", "likelihood=gaussian_optimal")
     )
     batch = data.prepare(next(iter(data.train_dataloader())), training=True)
     batch = batch._replace(y=batch.y.clamp(min=0))

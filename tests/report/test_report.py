@@ -23,8 +23,8 @@ from vae.report import print_table, read_sweep, write_report
 from vae.report.__main__ import main
 from vae.report.pictures import galleries
 from vae.report.plots import curves_along, draw
-from vae.report.sweep import format_value
 from vae.report.tables import nats
+from vae.report.values import format_value
 
 
 def config(**overrides: Any) -> dict[str, Any]:

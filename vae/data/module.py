@@ -1,4 +1,4 @@
-"""Images in memory, gathered by batch; scaled and binarised on the device, each batch from its own seed."""
+"""A data set's splits as a run sees them: limited, scaled and binarised, each batch from its own seed."""
 
 from __future__ import annotations
 
@@ -10,120 +10,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vae.data.images import Batch, Images, ImageSet, Rows, Splits, accepted
-from vae.data.pairs import Partners, partners_of
+from vae.data.loader import BatchLoader, EpochSampler
+from vae.data.pairs import partners_of
 from vae.errors import VAEError, choose, whole
 from vae.likelihoods import Likelihood
 from vae.seeding import derive, generator
 
 BINARIZATIONS = ("none", "threshold", "static", "dynamic")
-
-
-class EpochSampler:
-    """The index batches of an epoch; their order follows from (seed, epoch) alone.
-
-    guests: (indices, n): n of these, drawn afresh, join each batch; all of them, if there are fewer.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        seed: int,
-        shuffle: bool,
-        rank: int = 0,
-        world_size: int = 1,
-        guests: tuple[Tensor, int] | None = None,
-    ) -> None:
-        self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
-        self.rank, self.world_size = rank, world_size
-        self.guests = guests
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of each epoch."""
-        self.epoch = epoch if self.shuffle else 0
-
-    @property
-    def per_rank(self) -> int:
-        # every process takes equally many images, or collective calls would wait for ever
-        return self.size // self.world_size if self.shuffle else -(-(self.size - self.rank) // self.world_size)
-
-    def __len__(self) -> int:
-        return -(-self.per_rank // self.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        if self.shuffle:
-            order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
-        else:
-            order = torch.arange(self.size)
-        batches = order[self.rank :: self.world_size][: self.per_rank].split(self.batch_size)
-        if self.guests is None:
-            yield from batches
-            return
-        indices, n = self.guests
-        noise = generator(self.seed, "guests", self.epoch, self.rank)
-        for batch in batches:
-            yield torch.cat([batch, indices[torch.randperm(len(indices), generator=noise)[:n]]])
-
-
-class BatchLoader:
-    """Yields `Batch`es of a split. Resumes in the middle of an epoch through `state_dict`.
-
-    A split in memory is gathered by index, with no worker and no collation; one that is `streaming`
-    goes through an ordinary `DataLoader` with `num_workers` processes. partners: makes those of a batch from its y.
-    """
-
-    def __init__(
-        self,
-        images: ImageSet,
-        sampler: EpochSampler,
-        stream: str,
-        num_workers: int = 0,
-        partners: Partners | None = None,
-    ) -> None:
-        self.images, self.sampler, self.stream, self.num_workers = images, sampler, stream, num_workers
-        self.partners = partners
-        self.batch_sampler = None  # Lightning looks for it wherever there is a sampler
-        self._done = 0  # batches already taken from the current epoch
-        self._skip = 0
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def _gathered(self, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        if self.images.streaming:
-            return iter(
-                DataLoader(_Gather(self.images), sampler=indices, batch_size=None, num_workers=self.num_workers)
-            )
-        return map(self.images.gather, indices)
-
-    def __iter__(self) -> Iterator[Batch]:
-        skip, self._skip = self._skip, 0
-        self._done = skip
-        indices = list(self.sampler)[skip:]
-        for number, (x, y) in enumerate(self._gathered(indices), start=skip):
-            self._done = number + 1
-            seed = derive(self.sampler.seed, self.stream, self.sampler.epoch, self.sampler.rank, number)
-            partner = None if self.partners is None else self.partners(y, generator(seed, "partners"))
-            yield Batch(x, y, seed, partner)
-        self._done = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"batches_done": self._done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._skip = state["batches_done"] % len(self)  # a finished epoch is followed by a whole one
-
-
-class _Gather(torch.utils.data.Dataset):
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.images.gather(index)
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -132,7 +27,7 @@ class ImageDataModule(pl.LightningDataModule):
     source: called without arguments, returns `Splits`. binarize: `none` (pixels in [0, 1]), `threshold` (at one half),
     `static` (one Bernoulli draw per image, fixed by `split_seed`) or `dynamic` (a fresh draw each training batch; whatever
     is measured, training images too, has one seeded draw, so that every run is measured on the same pixels). seed: of the
-    training order and draws. limit: keep only the first so many images of each split. labelled: train with the labels of
+    training order and draws. limit: keep only the first so many images of each split. labeled: train with the labels of
     so many training images, equally many per class, and -1 for the others; what is measured has them all. Raises VAEError for
     an option that makes no sense, a batch larger than the split, and images that `accepted` refuses.
     """
@@ -147,25 +42,25 @@ class ImageDataModule(pl.LightningDataModule):
         split_seed: int = 0,
         num_workers: int = 0,
         limit: int | None = None,
-        labelled: int | None = None,
+        labeled: int | None = None,
     ) -> None:
         super().__init__()
         choose("data.binarize", binarize, BINARIZATIONS)
         for name, size in {"batch_size": batch_size, "eval_batch_size": eval_batch_size}.items():
             whole(f"data.{name}", size)
-        for name, size in {"limit": limit, "labelled": labelled}.items():
+        for name, size in {"limit": limit, "labeled": labeled}.items():
             whole(f"data.{name}", size, optional=True)
         whole("data.num_workers", num_workers, least=0)
         whole("seed", seed, least=0)
         whole("data.split_seed", split_seed, least=0)
         self.source, self.batch_size, self.eval_batch_size = source, batch_size, eval_batch_size
         self.binarize, self.seed, self.split_seed = binarize, seed, split_seed
-        self.num_workers, self.limit, self.labelled = num_workers, limit, labelled
+        self.num_workers, self.limit, self.labeled = num_workers, limit, labeled
         self.splits: Splits | None = None
         self._train_measured: Images | None = None
         self._train_labels: Tensor | None = None  # before some were withheld
         self.changed_factors: int | str | None = None  # of partners, where an objective asked for them
-        self.labelled_per_batch = 0
+        self.labeled_per_batch = 0
         self.test_split = "test"  # `vae.evaluate` may point it at another split
 
     def setup(self, stage: str | None = None) -> None:
@@ -179,10 +74,10 @@ class ImageDataModule(pl.LightningDataModule):
             raise VAEError(
                 f"data.batch_size={self.batch_size} is larger than the training split, which has {len(splits.train)} images."
             )
-        if self.labelled is not None:
+        if self.labeled is not None:
             self._train_labels = splits.train.y
             classes = self._count_classes()
-            splits = splits._replace(train=partly_labelled(splits.train, self.labelled, classes, self.split_seed))
+            splits = splits._replace(train=partly_labelled(splits.train, self.labeled, classes, self.split_seed))
         draw_once = {"static": (True, True, True), "dynamic": (False, True, True)}.get(self.binarize, (False,) * 3)
         self.splits = Splits(
             *(
@@ -200,12 +95,12 @@ class ImageDataModule(pl.LightningDataModule):
         """A split's images as they are measured: the training images too have one draw of their pixels (under
         binarize=dynamic that on which binarize=static would train), and the labels that training did not see."""
         images = getattr(self.splits_ready(), split)
-        if split != "train" or (self.binarize != "dynamic" and self.labelled is None):
+        if split != "train" or (self.binarize != "dynamic" and self.labeled is None):
             return images
         if self._train_measured is None:
             if self.binarize == "dynamic":
                 images = binarized_once(images, derive(self.split_seed, "binarize", "train"))
-            if self.labelled is not None:
+            if self.labeled is not None:
                 images = Images(images.x, self._train_labels)
             self._train_measured = images
         return self._train_measured
@@ -258,7 +153,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def add_labelled(self, n: int) -> None:
         """Let n labelled images, or all if there are fewer, join every training batch."""
-        self.labelled_per_batch = n
+        self.labeled_per_batch = n
 
     def add_partners(self, changed_factors: int | str) -> None:
         """Give every image a partner in which so many factors, or a `random` number, differ.
@@ -304,7 +199,7 @@ class ImageDataModule(pl.LightningDataModule):
         # Evaluation noise follows from the split alone: every run and every method meets the same draws.
         seed = self.seed if shuffle else self.split_seed
         guests = (
-            ((images.y >= 0).nonzero()[:, 0], self.labelled_per_batch) if shuffle and self.labelled_per_batch else None
+            ((images.y >= 0).nonzero()[:, 0], self.labeled_per_batch) if shuffle and self.labeled_per_batch else None
         )
         sampler = EpochSampler(len(images), batch_size, seed, shuffle, rank, world_size, guests)
         partners = None if self.changed_factors is None else partners_of(images, self.changed_factors)
@@ -359,14 +254,14 @@ def partly_labelled(split: ImageSet, labelled: int, classes: int, seed: int) -> 
     Warns where a class has fewer. Raises VAEError if the labels cannot be shared equally.
     """
     if not isinstance(split, Images | Rows):
-        raise VAEError("data.labelled needs a data set in memory.")
+        raise VAEError("data.labeled needs a data set in memory.")
     if labelled % classes:
-        raise VAEError(f"data.labelled={labelled} must be a multiple of the number of classes, {classes}.")
+        raise VAEError(f"data.labeled={labelled} must be a multiple of the number of classes, {classes}.")
     order = torch.randperm(len(split), generator=generator(seed, "labelled"))
     kept = [order[split.y[order] == c][: labelled // classes] for c in range(classes)]
     if short := {c: len(members) for c, members in enumerate(kept) if len(members) < labelled // classes}:
         warnings.warn(
-            f"data.labelled={labelled} asks for the labels of {labelled // classes} images of each class, and there are "
+            f"data.labeled={labelled} asks for the labels of {labelled // classes} images of each class, and there are "
             f"only {', '.join(f'{n} of class {c}' for c, n in short.items())}: {sum(map(len, kept))} are kept.",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Real data sets, one function each: `name(root) -> Splits` of uint8 images, fetched on first use.
+"""Real data sets, one room: each is a function, `name(root) -> Splits` of uint8 images, fetched on first use.
 
 Every function takes `root`, the folder that holds data sets in torchvision's layout, and splits off validation images
 by `seed`; where a data set has official splits they are kept, and its test split is never touched. Labels are int64.

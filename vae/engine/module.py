@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vae.data.images import Batch
-from vae.data.module import BatchLoader
+from vae.data.loader import BatchLoader
 from vae.engine.callbacks.records import take_back
 from vae.errors import VAEError
 from vae.evaluation.likelihood import ELBOTotals, bits_per_dim, check_samples, nll, parts_of

@@ -13,6 +13,13 @@ from vae.errors import VAEError
 MOVED = {
     "vae.checkpoints.": "vae.engine.checkpoints.",
     "vae.callbacks.": "vae.engine.callbacks.",
+    "vae.likelihoods.Discretised": "vae.likelihoods.Discretized",
+}
+
+#: Options that had another name in earlier versions, by the class that takes them.
+RENAMED = {
+    "vae.data.module.ImageDataModule": {"labelled": "labeled"},
+    "vae.objectives.labels.M2": {"labelled_per_batch": "labeled_per_batch"},
 }
 
 
@@ -27,13 +34,15 @@ REPLACED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def renewed(config: Any) -> Any:
-    """`config`, plain dicts and lists, with the `_target_`s that an earlier version stored where they are today."""
+    """`config`, plain dicts and lists, with the `_target_`s and options that an earlier version stored as they are today."""
     if isinstance(config, dict) and config.get("_target_") in REPLACED and config.get("filename", "best") == "best":
         target, options = REPLACED[config["_target_"]]
         return {"_target_": target, **{key: config.get(key, default) for key, default in options.items()}}
     if isinstance(config, dict):
         if str(config.get("_target_")).startswith("vae.objectives."):
             config = {key: value for key, value in config.items() if key != "_partial_"}  # what `setup` does today
+        names = RENAMED.get(str(config.get("_target_")), {})
+        config = {names.get(key, key): value for key, value in config.items()}
         return {key: _renewed_target(value) if key == "_target_" else renewed(value) for key, value in config.items()}
     return [renewed(value) for value in config] if isinstance(config, list) else config
 

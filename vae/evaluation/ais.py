@@ -72,14 +72,14 @@ def hmc(
     beta: float,
     step: Tensor,
     leapfrogs: int,
-    noise: torch.Generator,
+    generator: torch.Generator,
 ) -> tuple[Chains, Tensor]:
     """One transition that leaves p(z) p(x|z)^beta invariant, and its probability of acceptance (C, B).
 
     Neal 2011, Figure 2, with unit masses; step: of each image, (B,).
     """
     step = step.unsqueeze(-1)
-    start = torch.randn(chains.z.shape, generator=noise, device=chains.z.device, dtype=chains.z.dtype)
+    start = torch.randn(chains.z.shape, generator=generator, device=chains.z.device, dtype=chains.z.dtype)
     new, momentum = chains, start
     for _ in range(leapfrogs):
         momentum = momentum + 0.5 * step * new.grad(beta)
@@ -87,7 +87,7 @@ def hmc(
         momentum = momentum + 0.5 * step * new.grad(beta)
     log_ratio = new.log_f(beta) - chains.log_f(beta) - 0.5 * (momentum.square() - start.square()).sum(-1)
     probability = log_ratio.clamp(max=0).exp().nan_to_num(nan=0.0)  # a trajectory that diverged is rejected
-    uniform = torch.rand(probability.shape, generator=noise, device=step.device, dtype=probability.dtype)
+    uniform = torch.rand(probability.shape, generator=generator, device=step.device, dtype=probability.dtype)
     accept = uniform < probability
     kept = (
         torch.where(accept if a.ndim == 2 else accept.unsqueeze(-1), a, b) for a, b in zip(new, chains, strict=True)
@@ -107,7 +107,7 @@ def tuned_steps(
     betas: Tensor,
     chains: int,
     leapfrogs: int,
-    noise: torch.Generator,
+    generator: torch.Generator,
     tick: Callable[[], None] = no_tick,
 ) -> Tensor:
     """A step size for each temperature and image, (T + 1, B), from a shorter annealing run of its own.
@@ -117,11 +117,11 @@ def tuned_steps(
     biased.
     """
     tuning = sigmoid_schedule(tuning_temperatures(len(betas) - 1)).tolist()
-    state = chains_at(vae, x, y, _draw_prior(vae, chains, len(x), noise))
+    state = chains_at(vae, x, y, _draw_prior(vae, chains, len(x), generator))
     log_step = torch.full((len(x),), math.log(FIRST_STEP), device=x.device, dtype=x.dtype)
     found = [log_step]
     for beta in tuning[1:]:
-        state, acceptance = hmc(vae, x, y, state, beta, log_step.exp(), leapfrogs, noise)
+        state, acceptance = hmc(vae, x, y, state, beta, log_step.exp(), leapfrogs, generator)
         log_step = log_step + ADAPTATION_RATE * (acceptance.mean(0) - TARGET_ACCEPTANCE)
         found.append(log_step)
         tick()
@@ -137,7 +137,7 @@ def anneal(
     betas: Tensor,
     steps: Tensor,
     leapfrogs: int,
-    noise: torch.Generator,
+    generator: torch.Generator,
     tick: Callable[[], None] = no_tick,
 ) -> tuple[Tensor, Tensor]:
     """Walk chains z (C, B, D), exact draws at betas[0], to betas[-1]: log weights (C, B), mean acceptance (B,).
@@ -152,14 +152,14 @@ def anneal(
     for t in range(1, len(betas)):
         log_w += (betas[t] - betas[t - 1]) * state.log_likelihood
         if t < len(betas) - 1:
-            state, probability = hmc(vae, x, y, state, betas[t], steps[t], leapfrogs, noise)
+            state, probability = hmc(vae, x, y, state, betas[t], steps[t], leapfrogs, generator)
             acceptance += probability.mean(0)
         tick()
     return log_w, acceptance / max(1, len(betas) - 2)
 
 
-def _draw_prior(vae: VAE, chains: int, images: int, noise: torch.Generator) -> Tensor:
-    return vae.prior.sample(chains * images, noise).unflatten(0, (chains, images))
+def _draw_prior(vae: VAE, chains: int, images: int, generator: torch.Generator) -> Tensor:
+    return vae.prior.sample(chains * images, generator).unflatten(0, (chains, images))
 
 
 @torch.no_grad()

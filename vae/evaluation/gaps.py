@@ -116,7 +116,7 @@ def optimise_locally(
     steps: int,
     samples: int,
     learning_rate: float,
-    noise: torch.Generator,
+    generator: torch.Generator,
     tick: Callable[[], None] = no_tick,
 ) -> Tensor:
     """The posterior's parameters (B, ...) that maximise each image's own ELBO. Adam is elementwise, so images don't mix."""
@@ -125,7 +125,7 @@ def optimise_locally(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     for _ in range(steps):
         posterior = vae.posterior(parameters)
-        z = posterior.rsample(noise, (samples,))
+        z = posterior.rsample(generator, (samples,))
         log_w = _log_joint(vae, x, y, z) - _path_log_prob(posterior, z)
         (parameters.grad,) = torch.autograd.grad(-log_w.mean(0).sum(), parameters)
         optimizer.step()
@@ -153,7 +153,7 @@ def elbo(
     y: Tensor | None,
     parameters: Tensor,
     samples: int,
-    noise: torch.Generator,
+    generator: torch.Generator,
     max_decodes: int = 20_000,
 ) -> Tensor:
     """E_q[log p(x, z) - log q(z)] of each image, (B,), float64, at `samples` draws from q given by its parameters."""
@@ -161,6 +161,6 @@ def elbo(
     step = max(1, min(samples, max_decodes // len(x)))
     total = torch.zeros(len(x), dtype=widest(x.device), device=x.device)
     for start in range(0, samples, step):
-        z = posterior.rsample(noise, (min(step, samples - start),))
+        z = posterior.rsample(generator, (min(step, samples - start),))
         total += wide(_log_joint(vae, x, y, z) - posterior.log_prob(z)).sum(0)
     return total / samples

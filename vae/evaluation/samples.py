@@ -80,13 +80,15 @@ def compare(real: Tensor, fake: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def model_samples(
-    vae: VAE, n: int, noise: torch.Generator, draw_pixels: bool, y: Tensor | None = None, at_a_time: int = 1000
+    vae: VAE, n: int, generator: torch.Generator, draw_pixels: bool, y: Tensor | None = None, at_a_time: int = 1000
 ) -> Tensor:
     """n images from the prior, (n, C, H, W): draws of p(x|z), or its means."""
     images = []
-    for part in vae.prior.sample(n, noise).split(at_a_time):
+    for part in vae.prior.sample(n, generator).split(at_a_time):
         labels = None if y is None else y[sum(map(len, images)) :][: len(part)]
-        images.append(vae.draw_image(part, noise, labels) if draw_pixels else vae.mean_image(part, labels, noise))
+        images.append(
+            vae.draw_image(part, generator, labels) if draw_pixels else vae.mean_image(part, labels, generator)
+        )
     return torch.cat(images)
 
 
@@ -222,7 +224,7 @@ def training_batch(data: ImageDataModule, n: int, seed: int) -> Batch:
     train = data.splits_ready().train
     index = torch.randperm(len(train), generator=generator(seed, "classifier images"))[:n]
     x, y = train.gather(index)
-    if data.labelled is not None:
+    if data.labeled is not None:
         _, y = data.measured("train").gather(index)  # what the model's training did not see, a measure may
     if y is None:
         raise VAEError("The features of sample quality come from a classifier, and this data set has no labels.")

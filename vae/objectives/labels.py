@@ -33,7 +33,7 @@ class CVAE(BetaVAE):
 
     def setup(self, vae: VAE, data: ImageDataModule) -> None:
         if data.labelled_fraction < 1:
-            raise VAEError("CVAE needs the label of every image: leave data.labelled out, or use objective=m2.")
+            raise VAEError("CVAE needs the label of every image: leave data.labeled out, or use objective=m2.")
         require_labels(vae, data, "val", "test")
 
 
@@ -57,7 +57,7 @@ class M2(Objective):
     with f = labelled_fraction of the data: the paper's J^alpha an image, its alpha N being our alpha (0.1). Outside
     training, where all labels are known, every image counts as both.
 
-    labelled_per_batch: so many labelled images join every training batch, or all if there are fewer, since batches
+    labeled_per_batch: so many labelled images join every training batch, or all if there are fewer, since batches
     drawn at random may hold none; each part is a mean, so this changes no weight. The classifier is a dense network on
     pixels. The terms `classification` (cross-entropy, nats) and, outside training, `accuracy` are of labelled images.
 
@@ -76,14 +76,14 @@ class M2(Objective):
         alpha: float = 0.1,
         hidden: Sequence[int] = (500,),
         activation: str = "softplus",
-        labelled_per_batch: int = 32,
+        labeled_per_batch: int = 32,
         beta: float = 1.0,
         schedule: nn.Module | None = None,
     ) -> None:
         super().__init__(beta, schedule)
-        require_not_negative(self, alpha=alpha, labelled_per_batch=labelled_per_batch)
+        require_not_negative(self, alpha=alpha, labeled_per_batch=labeled_per_batch)
         self.register_buffer("alpha", torch.tensor(float(alpha)))
-        self.hidden, self.activation, self.labelled_per_batch = tuple(hidden), activation, labelled_per_batch
+        self.hidden, self.activation, self.labeled_per_batch = tuple(hidden), activation, labeled_per_batch
 
     def setup(self, vae: VAE, data: ImageDataModule) -> None:
         sizes = (math.prod(data.image_shape), *self.hidden)
@@ -94,10 +94,10 @@ class M2(Objective):
         )
         if not 0 < self.labelled_fraction < 1:
             raise VAEError(
-                "M2 learns from labelled and unlabelled images: set data.labelled to how many keep their label."
+                "M2 learns from labelled and unlabelled images: set data.labeled to how many keep their label."
             )
         require_labels(vae, data, "val", "test")
-        data.add_labelled(self.labelled_per_batch)
+        data.add_labelled(self.labeled_per_batch)
 
     def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         known = batch.y >= 0

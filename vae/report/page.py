@@ -21,8 +21,9 @@ from vae.files import write_atomically, write_text
 from vae.report.pictures import Gallery, galleries
 from vae.report.plots import draw
 from vae.report.runs import Run, flatten
-from vae.report.sweep import Sweep, canonical, format_value, printable, read_sweep
+from vae.report.sweep import Sweep, read_sweep
 from vae.report.tables import Column, count, csv_text, nats, number_columns, tally
+from vae.report.values import canonical, format_value, printable
 
 _HERE = Path(__file__).parent
 

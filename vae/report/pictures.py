@@ -12,7 +12,8 @@ from typing import Any
 
 from vae.report.plots import curves_along
 from vae.report.runs import Run
-from vae.report.sweep import Sweep, canonical, format_value, sort_key
+from vae.report.sweep import Sweep
+from vae.report.values import canonical, format_value, sort_key
 
 TOTAL_BYTES = 4_500_000  # of all pictures of a page, before base64 adds a third
 LARGEST, SMALLEST = 150_000, 12_000

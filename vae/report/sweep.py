@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 
 from vae.errors import VAEError
 from vae.report.runs import DAMAGED, FINISHED, Run, find_run_folders, parse_scalar, read_run, read_yaml
+from vae.report.values import canonical, format_value, is_number, sort_key
 
 # Where and how a run was made, not what it is.
 _OPERATIONAL_ROOTS = {"hydra", "logger", "run", "resume", "threads", "progress_bar", "sweep_metric", "sweep_direction"}
@@ -288,6 +288,7 @@ def _data_name(run: Run) -> str:
 def _measure(run: Run) -> str:
     """What kind of number log p(x|z) is: it compares only with its own kind."""
     kind = str(run.facts.get("likelihood") or run.config.get("likelihood._target_") or "").rsplit(".", 1)[-1]
+    kind = kind.replace("Discretised", "Discretized")  # as earlier versions had it
     return kind.lower() if run.facts.get("discrete", kind not in _DENSITIES) else "density"
 
 
@@ -336,39 +337,6 @@ def _expected(multirun: Any) -> list[tuple[str, ...]]:
     if math.prod(len(values) for values in choices.values()) > MOST_JOBS:
         return []
     return list(itertools.product(*choices.values()))
-
-
-# ---- values ----
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def canonical(value: Any) -> str:
-    """Equal for equal values: 1 and 1.0 are, "1" and 1 are not."""
-    return json.dumps(float(value) if is_number(value) else value, sort_keys=True, default=str)
-
-
-def sort_key(value: Any) -> tuple[bool, float, str]:
-    return (False, float(value), "") if is_number(value) else (True, 0.0, format_value(value))
-
-
-def format_value(value: Any) -> str:
-    """As a person would write it: 0.25, true, [400, 200]; a class's path by its last name."""
-    if is_number(value):
-        return f"{value:.6g}"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "none"}[value]
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(format_value(item) for item in value) + "]"
-    text = printable(str(value))
-    return text.rsplit(".", 1)[-1] if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", text) else text
-
-
-def printable(text: str) -> str:
-    """Control characters, which could drive a terminal, as their escapes; the rest as it is."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def states(runs: tuple[Run, ...]) -> Counter[str]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vae.report.runs import Run
-from vae.report.sweep import Sweep, format_value, printable, states
+from vae.report.sweep import Sweep, states
+from vae.report.values import format_value, printable
 
 if TYPE_CHECKING:
     from rich.console import Console

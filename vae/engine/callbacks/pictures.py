@@ -31,9 +31,9 @@ from vae.seeding import generator
 # --- pictures: functions of a model, each returning one RGB image (3, H, W) in [0, 1] ---------------------------------
 
 
-def samples(vae: VAE, noise: torch.Generator, n: int = 64, y: Tensor | None = None) -> Tensor:
+def samples(vae: VAE, generator: torch.Generator, n: int = 64, y: Tensor | None = None) -> Tensor:
     """n decoded draws from the prior."""
-    return grid(vae.sample(n, noise, y), columns=round(n**0.5))
+    return grid(vae.sample(n, generator, y), columns=round(n**0.5))
 
 
 def reconstructions(vae: VAE, x: Tensor, y: Tensor | None = None, columns: int = 16) -> Tensor:

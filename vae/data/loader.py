@@ -1,0 +1,118 @@
+"""A split, batch by batch: the order of an epoch follows from (seed, epoch), and a loader resumes in the middle of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vae.data.images import Batch, ImageSet
+from vae.data.pairs import Partners
+from vae.seeding import derive, generator
+
+
+class EpochSampler:
+    """The index batches of an epoch; their order follows from (seed, epoch) alone.
+
+    guests: (indices, n): n of these, drawn afresh, join each batch; all of them, if there are fewer.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        guests: tuple[Tensor, int] | None = None,
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.guests = guests
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each epoch."""
+        self.epoch = epoch if self.shuffle else 0
+
+    @property
+    def per_rank(self) -> int:
+        # every process takes equally many images, or collective calls would wait for ever
+        return self.size // self.world_size if self.shuffle else -(-(self.size - self.rank) // self.world_size)
+
+    def __len__(self) -> int:
+        return -(-self.per_rank // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
+        else:
+            order = torch.arange(self.size)
+        batches = order[self.rank :: self.world_size][: self.per_rank].split(self.batch_size)
+        if self.guests is None:
+            yield from batches
+            return
+        indices, n = self.guests
+        noise = generator(self.seed, "guests", self.epoch, self.rank)
+        for batch in batches:
+            yield torch.cat([batch, indices[torch.randperm(len(indices), generator=noise)[:n]]])
+
+
+class BatchLoader:
+    """Yields `Batch`es of a split. Resumes in the middle of an epoch through `state_dict`.
+
+    A split in memory is gathered by index, with no worker and no collation; one that is `streaming`
+    goes through an ordinary `DataLoader` with `num_workers` processes. partners: makes those of a batch from its y.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        sampler: EpochSampler,
+        stream: str,
+        num_workers: int = 0,
+        partners: Partners | None = None,
+    ) -> None:
+        self.images, self.sampler, self.stream, self.num_workers = images, sampler, stream, num_workers
+        self.partners = partners
+        self.batch_sampler = None  # Lightning looks for it wherever there is a sampler
+        self._done = 0  # batches already taken from the current epoch
+        self._skip = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def _gathered(self, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if self.images.streaming:
+            return iter(
+                DataLoader(_Gather(self.images), sampler=indices, batch_size=None, num_workers=self.num_workers)
+            )
+        return map(self.images.gather, indices)
+
+    def __iter__(self) -> Iterator[Batch]:
+        skip, self._skip = self._skip, 0
+        self._done = skip
+        indices = list(self.sampler)[skip:]
+        for number, (x, y) in enumerate(self._gathered(indices), start=skip):
+            self._done = number + 1
+            seed = derive(self.sampler.seed, self.stream, self.sampler.epoch, self.sampler.rank, number)
+            partner = None if self.partners is None else self.partners(y, generator(seed, "partners"))
+            yield Batch(x, y, seed, partner)
+        self._done = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches_done": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._skip = state["batches_done"] % len(self)  # a finished epoch is followed by a whole one
+
+
+class _Gather(torch.utils.data.Dataset):
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.images.gather(index)
