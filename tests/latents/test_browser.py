@@ -87,14 +87,11 @@ def tab(page, tensorboard):
     return page
 
 
-def box(page, selector, panel=0):
-    """Where an element of the tab is on the page: (left, top, width, height)."""
-    page.run(
-        f"{TAB}.querySelectorAll('.panel')[{panel}].querySelector('{selector}').scrollIntoView({{block: 'nearest'}})"
-    )
+def box(page, selector):
+    """Where an element of the first run is on the page: (left, top, width, height)."""
     return page.run(
-        f"(() => {{ const d = {TAB}, e = d.querySelectorAll('.panel')[{panel}].querySelector('{selector}').getBoundingClientRect(), "
-        "f = d.defaultView.frameElement.getBoundingClientRect(); "
+        f"(() => {{ const d = {TAB}, node = d.querySelector('.panel {selector}'); node.scrollIntoView({{block: 'nearest'}}); "
+        "const e = node.getBoundingClientRect(), f = d.defaultView.frameElement.getBoundingClientRect(); "
         "return [e.left + f.left, e.top + f.top, e.width, e.height]; })()"
     )
 
@@ -146,7 +143,7 @@ def test_a_slider_moves_its_latent_and_the_image_follows(tab, sweep):
 
 
 def test_a_click_on_the_map_takes_the_sliders_there_and_a_drag_walks(tab, sweep):
-    left, top, width, height = box(tab, "canvas")
+    left, top, *_ = box(tab, "canvas")
     z = moves(tab, lambda: tab.drag((left + 3, top + 3)))  # a corner, where no image lies
     assert abs(seen(tab) - decoded(sweep, z)).max() <= 1
     assert np.count_nonzero(z) > 2  # of the principal components
@@ -191,7 +188,8 @@ def test_an_image_that_is_none_is_a_sentence_and_the_tab_goes_on(tab, tmp_path):
 def test_the_address_brings_back_both_runs_and_their_latents(tab, sweep, tensorboard):
     tab.run(f"{TAB}.querySelector('.compare').click()")
     tab.until(f"{TAB}.querySelectorAll('.shown').length === 2 && location.hash.includes('run2')")
-    shared = "#latents&p.latents.run=objective.beta%3D4&p.latents.z=3%3A1.5%2C7%3A-2&p.latents.run2=objective.beta%3D1&p.latents.z2=0%3A1"
+    shared = "#latents&p.latents.run=objective.beta%3D4&p.latents.z=3%3A1.5%2C7%3A-2"
+    shared += "&p.latents.run2=objective.beta%3D1&p.latents.z2=0%3A1"
     tab.open(tensorboard + shared)
     tab.until(f"[...({TAB}?.querySelectorAll('.shown') ?? [])].filter((image) => image.src).length === 2")
     z = np.zeros(10)
