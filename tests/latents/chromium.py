@@ -32,7 +32,7 @@ class Page:
 
     def __init__(self, profile: Path, width: int = 1480, height: int = 1000) -> None:
         (theirs_in, self._out), (self._in, theirs_out) = os.pipe(), os.pipe()
-        flags = [*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"]
+        flags = [*FLAGS, f"--user-data-dir={profile}", "about:blank"]
         command = [sys.executable, "-c", START, str(theirs_in), str(theirs_out), str(found()), *flags]
         self._browser = subprocess.Popen(
             command, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -42,10 +42,11 @@ class Page:
         self._buffer, self._number, self._session = b"", 0, None
         #: What went wrong in the page: exceptions that nothing caught, and errors of the console.
         self.errors: list[str] = []
-        target = self.call("Target.createTarget", url="about:blank", width=width, height=height)["targetId"]
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "DOM", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         self._number += 1
