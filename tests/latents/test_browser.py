@@ -1,0 +1,207 @@
+"""The Latents tab in a real browser, in a real TensorBoard, on a finished sweep: what is seen is what the run says."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import composed
+from PIL import Image
+
+import vae
+from vae.engine.run import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+import chromium
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(chromium.found() is None, reason="needs Chromium: apt install chromium, or CHROMIUM=path"),
+]
+ROOT = Path(__file__).parents[2]
+TAB = "[...document.querySelectorAll('iframe')].map((f) => f.contentDocument).find((d) => d?.querySelector('.panels'))"
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Two finished runs on the digits."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for beta in (1, 4):
+        settings = [
+            "trainer.max_epochs=30",
+            "model.latent_dim=10",
+            "evaluation.nll_samples=0",
+            f"objective.beta={beta}",
+        ]
+        settings += ["callbacks=minimal", "threads=1", "network.hidden=[128]"]
+        train(composed(*settings), folder / f"objective.beta={beta}", settings, progress_bar=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tensorboard(sweep, tmp_path_factory):
+    """The address of a TensorBoard that finds the plugin by the entry point that pyproject.toml declares."""
+    site = tmp_path_factory.mktemp("site")
+    declared = re.search(
+        r'\[project\.entry-points\."tensorboard_plugins"\]\n(.*?)\n\n', (ROOT / "pyproject.toml").read_text(), re.S
+    )
+    (site / "vae-0.dist-info").mkdir()
+    (site / "vae-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vae\nVersion: 0\n")
+    (site / "vae-0.dist-info" / "entry_points.txt").write_text(f"[tensorboard_plugins]\n{declared[1]}\n")
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", sweep, "--host", "127.0.0.1", "--port", "0"]
+    server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    for line in server.stderr:
+        seen += line
+        if address := re.search(r"http://127\.0\.0\.1:\d+/", line):
+            break
+    else:
+        pytest.fail(seen)
+    yield address[0]
+    server.terminate()
+    server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    page = chromium.Page(tmp_path_factory.mktemp("profile"))
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def tab(page, tensorboard):
+    """The tab, its first run open."""
+    page.open(f"{tensorboard}#latents")
+    page.until(
+        f"{TAB}?.querySelector('.panel .shown')?.src?.length > 30 && {TAB}.querySelectorAll('.legend span').length"
+    )
+    return page
+
+
+def box(page, selector):
+    """Where an element of the first run is on the page: (left, top, width, height)."""
+    return page.run(
+        f"(() => {{ const d = {TAB}, node = d.querySelector('.panel {selector}'); node.scrollIntoView({{block: 'nearest'}}); "
+        "const e = node.getBoundingClientRect(), f = d.defaultView.frameElement.getBoundingClientRect(); "
+        "return [e.left + f.left, e.top + f.top, e.width, e.height]; })()"
+    )
+
+
+def press(page, selector):
+    left, top, width, height = box(page, selector)
+    page.drag((left + width / 2, top + height / 2))
+
+
+def address(page, key):
+    return page.run(f"decodeURIComponent((location.hash.match(/p\\.latents\\.{key}=([^&]*)/) || [])[1] || '')")
+
+
+def z_of(page, key="z"):
+    z = np.zeros(10)
+    for pair in filter(None, address(page, key).split(",")):
+        z[int(pair.split(":")[0])] = float(pair.split(":")[1])
+    return z
+
+
+def seen(page, selector=".shown"):
+    url = page.run(f"{TAB}.querySelector('{selector}').src")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))[..., 0].astype(int)
+
+
+def decoded(sweep, z, beta=1):
+    return (vae.load(sweep / f"objective.beta={beta}").decode(z[None])[0, 0] * 255).round().int().numpy()
+
+
+def moves(page, act, key="z"):
+    before = address(page, key)
+    act()
+    page.until(
+        f"!location.hash.includes(encodeURIComponent({before!r} || 'nothing')) && location.hash.includes('latents.{key}=')"
+    )
+    return z_of(page, key)
+
+
+def test_a_slider_moves_its_latent_and_the_image_follows(tab, sweep):
+    assert np.array_equal(seen(tab), decoded(sweep, np.zeros(10)))
+    rows = tab.run(f"[...{TAB}.querySelectorAll('.latent')].map((row) => +row.dataset.latent)")
+    left, top, width, height = box(tab, ".latent input")
+    z = moves(tab, lambda: tab.drag((left + 0.9 * width, top + height / 2)))
+    assert z[rows[0]] > 1.5 and np.count_nonzero(z) == 1
+    assert abs(seen(tab) - decoded(sweep, z)).max() <= 1  # the address has three digits
+    press(tab, "button.reset")
+    tab.until("!location.hash.includes('latents.z=')")
+    assert np.array_equal(seen(tab), decoded(sweep, np.zeros(10)))
+
+
+def test_a_click_on_the_map_takes_the_sliders_there_and_a_drag_walks(tab, sweep):
+    left, top, *_ = box(tab, "canvas")
+    z = moves(tab, lambda: tab.drag((left + 3, top + 3)))  # a corner, where no image lies
+    assert abs(seen(tab) - decoded(sweep, z)).max() <= 1
+    assert np.count_nonzero(z) > 2  # of the principal components
+    tab.drag((left + 60, top + 60), (left + 200, top + 200), (left + 300, top + 300))
+    tab.until(f"{TAB}.querySelectorAll('.strip img').length === 9")
+    for x, y in ((x, y) for x in range(120, 260, 6) for y in range(120, 260, 6)):
+        tab.hover(left + x, top + y)
+        if not tab.run(f"{TAB}.querySelector('.tip').hidden"):
+            break
+    assert tab.run(
+        f"{TAB}.querySelector('.tip canvas') !== null && /label \\d/.test({TAB}.querySelector('.tip').textContent)"
+    )
+
+
+def test_an_uploaded_png_is_encoded_and_walked_to(tab, sweep, tmp_path):
+    run = vae.load(sweep / "objective.beta=1")
+    levels = (run.data.examples("test", 6).x[5, 0] * 255).round().byte().numpy()
+    Image.fromarray(levels).save(tmp_path / "digit.png")
+    press(tab, ".slot")
+    z = moves(tab, lambda: tab.upload(f"{TAB}.querySelector('.upload')", tmp_path / "digit.png"))
+    mean, log_var = run.encode(levels)
+    assert np.allclose(z, mean[0], atol=6e-4)
+    rate = 0.5 * (mean**2 + log_var.exp() - log_var - 1).sum()
+    tab.until(f"{TAB}.querySelector('.measures')")
+    assert f"rate {float(rate):.2f}" in tab.run(f"{TAB}.querySelector('.measures').textContent")
+    assert tab.run(f"{TAB}.querySelectorAll('.neighbours canvas').length") == 8
+    tab.run(f"{TAB}.querySelectorAll('.slot')[1].click()")
+    tab.until(f"{TAB}.querySelectorAll('.walked img').length === 11")
+    assert np.array_equal(seen(tab, ".walked img:last-child"), decoded(sweep, mean[0].numpy()))
+    if folder := os.environ.get("VAE_SCREENSHOTS"):
+        tab.screenshot(Path(folder) / "latents.png")
+
+
+def test_an_image_that_is_none_is_a_sentence_and_the_tab_goes_on(tab, tmp_path):
+    (tmp_path / "no.png").write_bytes(b"no")
+    tab.upload(f"{TAB}.querySelector('.upload')", tmp_path / "no.png")
+    tab.until(f"{TAB}.querySelector('.panel .error').textContent.includes('no image that can be read')")
+    moves(tab, lambda: press(tab, "button.draw"))
+    assert tab.run(f"{TAB}.querySelector('.panel .error').textContent") == ""
+
+
+def test_the_address_brings_back_both_runs_and_their_latents(tab, sweep, tensorboard):
+    tab.run(f"{TAB}.querySelector('.compare').click()")
+    tab.until(f"{TAB}.querySelectorAll('.shown').length === 2 && location.hash.includes('run2')")
+    shared = "#latents&p.latents.run=objective.beta%3D4&p.latents.z=3%3A1.5%2C7%3A-2"
+    shared += "&p.latents.run2=objective.beta%3D1&p.latents.z2=0%3A1"
+    tab.open(tensorboard + shared)
+    tab.until(f"[...({TAB}?.querySelectorAll('.shown') ?? [])].filter((image) => image.src).length === 2")
+    z = np.zeros(10)
+    z[[3, 7]] = 1.5, -2
+    assert np.array_equal(seen(tab), decoded(sweep, z, beta=4))
+    assert address(tab, "run2") == "objective.beta=1" and z_of(tab, "z2")[0] == 1
+    if folder := os.environ.get("VAE_SCREENSHOTS"):
+        tab.screenshot(Path(folder) / "both.png")
+
+
+def test_the_other_tabs_are_there_and_the_page_had_no_error(tab):
+    listed = tab.run("fetch('data/plugins_listing').then((answer) => answer.json())")
+    assert listed["latents"]["enabled"] and listed["timeseries"]["enabled"] and listed["scalars"]["enabled"]
+    ours = [error for error in tab.errors if "latents" in error and "400" not in error]
+    assert not ours

@@ -1,0 +1,1 @@
+"""The Latents tab of TensorBoard: a trained model's latent space, turned by hand."""
