@@ -46,7 +46,8 @@ def clipped_loss(
     """
     gain = _per_token(advantages, log_pi)
     ratio = torch.exp(full_precision(log_pi) - full_precision(log_old.detach()))
-    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    low, high = 1 - clip, 1 + (clip if clip_high is None else clip_high)
+    clipped = ratio.clamp(low, high)  # type: ignore[arg-type]  # numbers or tensors, both the same
     return -torch.minimum(ratio * gain, clipped * gain)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from vae.data.images import ImageSet
 from vae.errors import VAEError
 
-Partners = Callable[[Tensor, torch.Generator], Tensor]
+Partners = Callable[[Any, torch.Generator], Tensor]
 
 
 def change_factors(factors: Tensor, sizes: Tensor, changed: int | str, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
@@ -33,7 +33,7 @@ def examples_of(run: LoadedRun) -> Examples:
     """
     classes = run.vae.num_classes
     try:
-        config = OmegaConf.to_container(read_config(run.path), resolve=True)
+        config: Any = OmegaConf.to_container(read_config(run.path), resolve=True)
         data = make_trusted({**config["data"], "seed": config["seed"]}, "data")
         data.setup()
         if data.image_shape != run.image_shape:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from vae.data.folder import upright
+from vae.data.decoding import upright
 from vae.engine.callbacks.pictures import as_rgb, to_png
 from vae.errors import VAEError
 

@@ -43,7 +43,7 @@ _VARIABLES |= {colour: f"--ramp{i}" for i, colour in enumerate(RAMP)}
 _VARIABLES |= {colour: f"--name{i}" for i, colour in enumerate(NAMES)}
 
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from vae.report.drawing import (
     GRID,
@@ -29,9 +31,6 @@ from vae.report.drawing import (
 from vae.report.runs import Run
 from vae.report.sweep import Sweep
 from vae.report.values import canonical, format_value
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _rate_distortion(sweep: Sweep, data: str) -> Plot:
     fig, ax = new_figure(*((10.4, 5.4) if len(sweep.data_sets) == 1 else (5.8, 4.8)))
     labels, solid = [], []
     for curve in curves:
-        colour, marker = palette(curve.settings.get(hue))
+        colour, marker = palette(curve.settings.get(hue or ""))
         xy = [(_mean(sweep, group, "rate"), _mean(sweep, group, "distortion")) for _, group in curve.points]
         if len(xy) > 1:
             ax.plot(*zip(*xy, strict=True), color=colour, lw=1.6, zorder=3)
@@ -102,9 +101,8 @@ def _rate_distortion(sweep: Sweep, data: str) -> Plot:
     ax.set_xlabel(f"{_split(sweep)} rate, nats per image")
     ax.set_ylabel(f"{_split(sweep)} distortion, nats per image")
     draw_iso_elbo(ax)
-    place_labels(
-        ax, labels, solid, [[*map(tuple, line.get_xydata())] for line in ax.lines if len(line.get_xydata()) > 1]
-    )
+    lines = [np.asarray(line.get_xydata()).tolist() for line in ax.lines]
+    place_labels(ax, labels, solid, [[(x, y) for x, y in line] for line in lines if len(line) > 1])
     if hue is not None and len(curves) > 12:
         draw_legend(ax, sweep, palette)
     title = f"Rate and distortion, {data}" if len(sweep.data_sets) > 1 else "Rate and distortion"
@@ -123,7 +121,7 @@ def _against(sweep: Sweep, data: str, key: str, metric: str) -> Plot:
     fig, ax = new_figure(5.4, 3.7)
     ends = []
     for i, curve in enumerate(curves):
-        colour, marker = palette(curve.settings.get(hue))
+        colour, marker = palette(curve.settings.get(hue or ""))
         # words have room beside them: a little of it keeps curves that coincide apart
         aside = 0.0 if sweep.numeric(key) else 0.3 * (i - (len(curves) - 1) / 2) / len(curves)
         xs = [position[canonical(value)] + aside for value, _ in curve.points]
@@ -166,7 +164,7 @@ def curves_along(sweep: Sweep, runs: list[Run], along: str | None) -> tuple[list
     grouped: dict[tuple[str, ...], dict[str, list[Run]]] = {}
     for run in runs:
         curve = grouped.setdefault(tuple(canonical(run.settings[key]) for key in others), {})
-        curve.setdefault(canonical(run.settings.get(along)), []).append(run)
+        curve.setdefault(canonical(run.settings.get(along or "")), []).append(run)
     curves = []
     for points in grouped.values():
         first = next(iter(points.values()))[0]
