@@ -36,7 +36,14 @@ SETTINGS = {
         "steps": 240,
         "evaluated": 256,
         "seeds": [1, 2, 3],
-        "penalties": ["loss_k2", "loss_k3", "loss_k3_is, prefix", "loss_exact, prefix"],
+        "penalties": [
+            "loss_k2",
+            "loss_k3",
+            "loss_k3_is",
+            "loss_exact",
+            "loss_k3_is, prefix",
+            "loss_exact, prefix",
+        ],
     },
     "full": {
         **SHARED,
