@@ -122,23 +122,24 @@ def results(written):
         trace = [1.0] * 15 + [kl] * 5
         return [{"reward": 0.7, "kl": kl, "objective": objective, "trace": trace} for _ in range(3)]
 
-    tuned = {name: policies(5.0, 0.5) for name in written["tuned"]} | {
-        "loss_exact, prefix": policies(4.0, 0.6),
-        "loss_k3_is, prefix": policies(4.1, 0.6),
-        "target": policies(3.0, 0.65),
+    tuned = {name: policies(5.0, 0.5) for name in ("loss_k2", "loss_k3")}
+    tuned |= {
+        name: policies(4.0, 0.6) for name in ("loss_exact", "loss_k3_is", "loss_exact, prefix", "loss_k3_is, prefix")
     }
+    tuned["target"] = policies(3.0, 0.65)
     return {**written, "tuned": tuned, "judged": 0.25}
 
 
-def test_every_claim_holds_of_results_that_bear_it_out(results):
-    assert all(claim.holds for claim in claims.claims(results))
+def test_every_claim_on_tuning_holds_of_results_that_bear_it_out(results):
+    found = claims.tuning_claims(results)
+    assert len(found) == 6 and all(claim.holds for claim in found)
 
 
 @pytest.mark.parametrize(
     ("penalty", "changed", "word"),
     [
         ("loss_k3_is, prefix", {"trace": [4.0] * 15 + [4.6] * 5}, "w k3 of the prefix holds"),
-        ("loss_k3_is, prefix", {"trace": [4.0] * 15 + [3.4] * 5}, "w k3 of the prefix holds"),
+        ("loss_k3_is", {"trace": [4.0] * 15 + [3.4] * 5}, "w k3 of a token holds"),
         ("loss_k2", {"trace": [9.0] * 15 + [4.1] * 5}, "k2 without its ratio drifts"),
         ("loss_k3", {"trace": [9.0] * 15 + [3.0] * 5}, "k3 without its ratio drifts"),
         ("loss_k2", {"objective": 0.7}, "and k2 reaches less"),
@@ -168,4 +169,5 @@ def test_a_claim_on_the_exact_part_misses_where_a_number_is_another(results, wor
     damaged = copy.deepcopy(results)
     of = damaged["exact"]["worlds"][world]["of"][name]
     of[what] = [value] * len(of[what])
-    assert not all(claim.holds for claim in claims.exact_claims(damaged))
+    missed = {claim.name for claim in claims.exact_claims(damaged) if not claim.holds}
+    assert missed > {claim.name for claim in claims.exact_claims(results) if not claim.holds}

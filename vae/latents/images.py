@@ -26,9 +26,9 @@ def opened(content: bytes, shape: tuple[int, int, int]) -> Image.Image:
     if channels not in (1, 3):
         raise VAEError(f"Images of {channels} channels cannot be uploaded: 1 and 3 can.")
     try:
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height <= MOST_PIXELS:
-            image = upright(image, channels)
+        file = Image.open(io.BytesIO(content))
+        if file.width * file.height <= MOST_PIXELS:
+            image = upright(file, channels)
             return image if image.size == (width, height) else ImageOps.fit(image, (width, height))
     except Exception as error:
         raise VAEError("This is no image that can be read: PNG, JPEG, WebP, BMP and TIFF can.") from error
