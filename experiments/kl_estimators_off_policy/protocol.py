@@ -13,8 +13,8 @@ from vae.experiment import Context
 
 PAPER = "Liu et al. 2025; Tang & Munos 2025; Amini et al. 2025; DeepSeek-V3.2 2025 (importance-weighted k3)"
 CLAIM = (
-    "Off-policy, k2 and k3 in the loss are biased for grad KL(pi || pi_ref), and exact with their importance ratio; with several "
-    "steps a batch they carry a tuned policy beyond where the exact penalty holds it, and the corrected ones do not."
+    "Off-policy, k2 and k3 in the loss are biased for grad KL(pi || pi_ref), and exact with their importance ratio; with "
+    "several steps a batch they carry a tuned policy beyond where the exact penalty holds it, and the corrected ones do not."
 )
 
 # Seed 0 served the pilots and is not among the seeds. `policies` seeds the enumerated ones.

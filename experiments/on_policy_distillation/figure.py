@@ -5,7 +5,8 @@ from __future__ import annotations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from experiments.on_policy_distillation.claims import DIVERGENCES, WHOLE, values
+from experiments.on_policy_distillation.claims import DIVERGENCES, WHOLE
+from vae.claims import values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,8 +17,8 @@ MARKERS = {"text": "s", "half own": "D", "own": "o"}
 
 def lowered(results: dict[str, Any], method: str, key: str) -> list[float]:
     """The start's KL less the method's, of each seed, in nats an answer."""
-    starts = [of_seed[key] for of_seed in results["start"]]
-    return [start - end for start, end in zip(starts, values(results, method, key), strict=True)]
+    starts = values(results["start"], key)
+    return [start - end for start, end in zip(starts, values(results["methods"][method], key), strict=True)]
 
 
 def figure(results: dict[str, Any]) -> Figure:
