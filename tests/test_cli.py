@@ -134,7 +134,6 @@ def test_any_folder_can_be_named_by_run(folder, monkeypatch):
     assert sys.argv == once
 
 
-@pytest.mark.parametrize("word", ["run=here/there", "run=null", "run='a=b'", "run=runs/${seed}", "run=a b"])
 @pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
 def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path, sweep):
     (tmp_path / "file").write_text("kept")
@@ -144,6 +143,7 @@ def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path, sweep):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("word", ["run=here/there", "run=null", "run='a=b'", "run=runs/${seed}", "run=a b"])
 def test_what_hydra_reads_as_a_folder_is_left_to_it(word, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vae.train", word])
     quote_run()
