@@ -42,7 +42,7 @@ class LoadedRun:
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", trust: bool = False) -> None:
-        self.path, self.exported = path, (path / "model.safetensors").is_file()
+        self.path, self.exported, self._trust = path, (path / "model.safetensors").is_file(), trust
         #: The run's resolved config, as nested dictionaries.
         self.config: dict[str, Any] = self._read_config()
         #: What training wrote of the data and the likelihood (facts.json).
@@ -89,10 +89,9 @@ class LoadedRun:
             return self._card["facts"]
         if (self.path / "facts.json").is_file():
             return _read_json(self.path / "facts.json")
-        from vae.engine.build import image_facts, instantiate  # of a run that an earlier version made: from its data
-        from vae.engine.folder import read_config
+        from vae.engine.build import image_facts  # of a run that an earlier version made: from its data
 
-        return asdict(image_facts(self.data, instantiate(read_config(self.path).objective)))
+        return asdict(image_facts(self.data, make_trusted(self.config["objective"], "objective", self._trust)))
 
     def _read_weights(self) -> dict[str, Tensor]:
         if self.exported:
@@ -117,10 +116,14 @@ class LoadedRun:
         """The run's data set, loaded on first use. Raises VAEError where it is not to be found."""
         if self.exported:
             raise VAEError(f"{self.path} is an exported model, which has no data set.")
-        from vae.engine.build import build_data
+        from omegaconf import OmegaConf
+
         from vae.engine.folder import read_config
 
-        return build_data(read_config(self.path))
+        config: Any = OmegaConf.to_container(read_config(self.path), resolve=True)
+        data = make_trusted({**config["data"], "seed": config["seed"]}, "data", self._trust)
+        data.setup()
+        return data
 
     # --- what goes in -----------------------------------------------------------------------------------------------
 
