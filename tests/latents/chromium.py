@@ -84,7 +84,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value") if by_value else answer["result"]["objectId"]
 
-    def until(self, script: str, seconds: float = 120, accepted: Callable[[Any], Any] = bool) -> Any:
+    def until(self, script: str, seconds: float = 300, accepted: Callable[[Any], Any] = bool) -> Any:
         """The first accepted value of an expression, asked for again and again."""
         end = time.monotonic() + seconds
         while not accepted(value := self.run(script)):

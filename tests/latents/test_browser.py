@@ -12,11 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import composed
 from PIL import Image
 
 import vae
-from vae.engine.run import train
 
 sys.path.insert(0, str(Path(__file__).parent))
 import chromium
@@ -32,6 +30,10 @@ TAB = "[...document.querySelectorAll('iframe')].map((f) => f.contentDocument).fi
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """Two finished runs on the digits."""
+    from conftest import composed
+
+    from vae.engine.run import train
+
     folder = tmp_path_factory.mktemp("sweep")
     for beta in (1, 4):
         settings = [
@@ -160,14 +162,14 @@ def test_a_click_on_the_map_takes_the_sliders_there_and_a_drag_walks(tab, sweep)
 
 def test_an_uploaded_png_is_encoded_and_walked_to(tab, sweep, tmp_path):
     run = vae.load(sweep / "objective.beta=1")
-    levels = (run.data.examples("test", 6).x[5, 0] * 255).round().byte().numpy()
+    levels = (run.sample(1, seed=5)[0, 0] * 255).round().byte().numpy()
     Image.fromarray(levels).save(tmp_path / "digit.png")
     press(tab, ".slot")
     z = moves(tab, lambda: tab.upload(f"{TAB}.querySelector('.upload')", tmp_path / "digit.png"))
     mean, log_var = run.encode(levels)
     assert np.allclose(z, mean[0], atol=6e-4)
     rate = 0.5 * (mean**2 + log_var.exp() - log_var - 1).sum()
-    tab.until(f"{TAB}.querySelector('.measures')")
+    tab.until(f"{TAB}.querySelector('.measures') !== null")
     assert f"rate {float(rate):.2f}" in tab.run(f"{TAB}.querySelector('.measures').textContent")
     assert tab.run(f"{TAB}.querySelectorAll('.neighbours canvas').length") == 8
     tab.run(f"{TAB}.querySelectorAll('.slot')[1].click()")

@@ -29,7 +29,7 @@ img { image-rendering: pixelated; display: block; }
 .latent { display: grid; grid-template-columns: 38px 1fr 46px 84px; gap: 8px; align-items: center; height: 25px; }
 .latent.inactive { opacity: .4; }
 .latent .track { position: relative; height: 20px; display: flex; align-items: center; }
-.latent .spread { position: absolute; height: 12px; background: var(--band); border-radius: 2px; }
+.latent .spread { position: absolute; height: 18px; background: var(--band); border-radius: 2px; }
 .latent input { position: relative; width: 100%; background: transparent; }
 .latent output { text-align: right; font-variant-numeric: tabular-nums; }
 .kl { position: relative; height: 15px; font-size: 11px; line-height: 15px; padding-left: 4px; white-space: nowrap; }
