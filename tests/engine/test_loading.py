@@ -134,7 +134,10 @@ def test_only_this_packages_own_classes_are_called_unless_trusted(finished, tmp_
     (folder / "config.yaml").write_text(config.replace("vae.likelihoods.Bernoulli", "os.getcwd"))
     with pytest.raises(VAEError, match=r"os\.getcwd.*trust=True"):
         vae.load(folder)
-    for own in ("vae.data.sources.digits", "vae.objectives.elbo.BetaVAE"):  # of runs without facts, which their data replace
+    for own in (
+        "vae.data.sources.digits",
+        "vae.objectives.elbo.BetaVAE",
+    ):  # of runs without facts, which their data replace
         assert own in config
         (folder / "config.yaml").write_text(config.replace(own, "os.getcwd"))
         (folder / "facts.json").unlink(missing_ok=True)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from vae.engine.assemble import make_trusted
-from vae.engine.folder import read_config
 from vae.engine.loading import LoadedRun
 from vae.errors import VAEError
 
@@ -33,9 +30,7 @@ def examples_of(run: LoadedRun) -> Examples:
     """
     classes = run.vae.num_classes
     try:
-        config: Any = OmegaConf.to_container(read_config(run.path), resolve=True)
-        data = make_trusted({**config["data"], "seed": config["seed"]}, "data")
-        data.setup()
+        data = run.data
         if data.image_shape != run.image_shape:
             raise VAEError("its data set has images of another shape now")
         batch = data.examples("test", POINTS)
