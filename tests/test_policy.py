@@ -576,3 +576,13 @@ def test_a_number_on_the_mask_that_is_not_finite_is_named(batch, name, value):
     broken[0] = value
     with pytest.raises(VAEError, match=f"{name} is NaN or infinite"):
         call(GRPO(group_size=3), {**batch, name: broken})
+
+
+@pytest.mark.parametrize(
+    ("make", "unbiased", "biased"), [(GRPO, "loss_k3_is", "loss_k3"), (PPOClip, "reward_is", "reward")]
+)
+def test_the_penalty_by_default_is_unbiased_off_policy(batch, make, unbiased, biased):
+    def loss(**options):
+        return call(make(beta=0.5, group_size=3, **options), batch)["loss"]
+
+    assert loss() == loss(penalty=unbiased) and abs(loss() - loss(penalty=biased)) > 1e-3

@@ -384,3 +384,9 @@ def test_a_data_set_is_looked_for_where_the_machine_says_unless_the_run_was_told
     assert read_config(tmp_path).data.source.root == str(tmp_path)
     (tmp_path / "config.yaml").write_text("data: {source: {_target_: mine.images, root: /nowhere}}\n")
     assert read_config(tmp_path).data.source.root == "/nowhere"
+
+
+def test_an_absent_setting_is_null():
+    absent, null = {"seed": 0}, {"compile": None, "seed": 0}
+    assert differences(null, absent) == differences(absent, null) == {}
+    assert differences(absent, {"compile": True, "seed": 0}) == {"compile": (None, True)}
