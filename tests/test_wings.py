@@ -23,6 +23,7 @@ WINGS = {
         "vae.report",
     ),  # knows run folders and nothing of models: all that the engine does with it is to call it
     "engine": ("vae.engine",),
+    "the Latents tab": ("vae.latents",),
     "reproduced papers": ("vae.claims", "vae.experiment", "vae.experiment_figures"),
     "entry points": ("vae.train", "vae.evaluate", "vae.encode", "vae.export", "vae.generate", "vae.reproduce"),
 }

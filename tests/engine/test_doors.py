@@ -177,7 +177,7 @@ def test_an_exported_model_is_loaded_as_its_run_is(kind, tmp_path):
     assert "license: cc0-1.0" in card and f"| elbo | {run.metrics['test/elbo']:.4f} |" in card
     with pytest.raises(VAEError, match="has no data set"):
         again.data  # noqa: B018
-    with pytest.raises(VAEError, match="not empty"):
+    with pytest.raises(VAEError, match="not an empty folder"):
         export(run, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vae"] == vae.__version__
 
