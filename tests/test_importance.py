@@ -332,3 +332,9 @@ def test_the_students_share_of_the_answers_is_what_was_asked_for():
         assert share == pytest.approx(fraction, abs=0.02 if 0 < fraction < 1 else 0)
     with pytest.raises(VAEError, match="between 0 and 1"):
         drawn_by_student(3, 1.1, noise)
+
+
+def test_the_kl_of_a_first_token_has_no_ratio():
+    one = {"log_pi": torch.tensor([[-1.0, -1.0]]), "log_old": torch.tensor([[-2.0, -1.5]])}
+    found = sequence_kl_loss(token_kl=torch.tensor([[0.7, 0.2]]), mask=torch.ones(1, 2, dtype=torch.bool), **one)
+    torch.testing.assert_close(found, torch.tensor([0.7 + math.e * 0.2]))

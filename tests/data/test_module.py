@@ -133,3 +133,9 @@ def test_streamed_images_arrive_as_gathered_ones_do():
 def test_bad_options_are_refused_in_a_sentence(options, sentence):
     with pytest.raises(VAEError, match=sentence):
         module(**options).setup()
+
+
+def test_grey_images_stay_grey_in_training_where_nothing_binarizes_them():
+    data = module(binarize="none")
+    x = data.prepare(epoch(data.train_dataloader(), 0)[0], training=True).x
+    assert torch.equal(x.unique(), torch.tensor([100 / 255]))

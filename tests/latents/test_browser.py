@@ -56,7 +56,9 @@ def tensorboard(sweep, tmp_path_factory):
     )
     (site / "vae-0.dist-info").mkdir()
     (site / "vae-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vae\nVersion: 0\n")
-    (site / "vae-0.dist-info" / "entry_points.txt").write_text(f"[tensorboard_plugins]\n{declared[1]}\n")
+    (site / "vae-0.dist-info" / "entry_points.txt").write_text(
+        f"[tensorboard_plugins]\n{declared[1].replace(chr(34), '')}\n"
+    )
     environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", sweep, "--host", "127.0.0.1", "--port", "0"]
     server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
