@@ -173,3 +173,12 @@ def test_a_sweep_is_a_data_frame(finished):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(VAEError, match=r"no config\.yaml"):
         vae.load(tmp_path)
+
+
+def test_a_traversal_goes_from_one_end_through_0_to_the_other(finished):
+    run = vae.load(finished)
+    image = run.sample(1)
+    moved = run.traverse(image, dims=[1], reach=2, steps=3)[0]
+    z = run.encode(image).mean.repeat(3, 1)
+    z[:, 1] = torch.tensor([-2.0, 0.0, 2.0])
+    torch.testing.assert_close(moved, run.decode(z))
