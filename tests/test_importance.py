@@ -191,6 +191,15 @@ def test_the_rao_blackwell_sum_is_unbiased_for_whole_sequences_in_value_and_grad
     assert found.value_sd < sampled.value_sd and found.gradient_sd < sampled.gradient_sd
 
 
+def test_the_token_that_was_averaged_over_brings_no_noise_of_its_own():
+    world, policies = World.of(4, 1), Policies.draw(seed=0, vocabulary=4, distance=0.7)
+    log_pi, log_old = world.log_probs(policies.pi), world.log_probs(policies.old)
+    token_kl = world.token_kl(policies.pi, policies.ref)
+    loss = sequence_kl_loss(token_kl=token_kl, log_pi=log_pi, mask=world.mask, log_old=log_old)
+    found = moments(loss, world.probabilities(policies.old), policies.pi)
+    assert found.value_sd < 1e-12 and found.gradient_sd < 1e-12
+
+
 def test_its_variance_is_never_above_k1s_whatever_the_prefix():
     policies = Policies.draw(seed=0, vocabulary=4, distance=0.0)
     probability = WORLD.probabilities(policies.pi).detach()

@@ -280,6 +280,17 @@ def test_tokens_that_the_policy_did_not_choose_count_nowhere(batch, make):
     torch.testing.assert_close(call(make(3, beta=0.1), longer), call(make(3, beta=0.1), batch))
 
 
+@pytest.mark.parametrize(
+    ("make", "unbiased", "published"), [(GRPO, "loss_k3_is", "loss_k3"), (PPOClip, "reward_is", "reward")]
+)
+def test_the_default_penalty_is_the_unbiased_one_where_log_old_is_given(batch, make, unbiased, published):
+    default, corrected, biased = (
+        call(make(group_size=3, beta=0.5, **penalty), batch)["loss"]
+        for penalty in ({}, {"penalty": unbiased}, {"penalty": published})
+    )
+    assert default == corrected and (default - biased).abs() > 1e-4
+
+
 def test_weights_multiply_the_whole_loss_token_by_token(batch):
     weights = torch.rand(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     log_pi = batch["log_pi"].clone().requires_grad_()
