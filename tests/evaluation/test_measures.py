@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ OPTIONS = {"measures": ["likelihood"], "ais": SMALL["ais"], "decomposition": {"i
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def trained(tmp_path_factory):
     from hydra import compose, initialize_config_dir
 
     from vae.cli import CONFIGS
@@ -155,6 +156,12 @@ def folder(tmp_path_factory):
         config = compose("train", [*small, "objective=m2", "+data.labeled=20"])
     run.train(config, path, [], progress_bar=False)
     return path
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of its own for each test, since measuring adds to what a folder holds."""
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def kept(folder, split="test"):
