@@ -143,6 +143,19 @@ def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path, sweep):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
+def test_a_current_folder_that_takes_no_runs_is_told_in_a_sentence(tmp_path, sweep):
+    (tmp_path / "runs").write_text("a file")
+    done = run("vae.train", *sweep, *SMALL, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith(f"Error: runs/{'sweep-' * bool(sweep)}digits/")
+    assert done.stderr.endswith(
+        " cannot be made in the current folder (Not a directory): name another place, as run=FOLDER.\n"
+    )
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs").symlink_to("nowhere")  # is in the way, and is not there
+    assert run("vae.train", *SMALL, cwd=tmp_path).stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("word", ["run=here/there", "run=null", "run='a=b'", "run=runs/${seed}", "run=a b"])
 def test_what_hydra_reads_as_a_folder_is_left_to_it(word, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vae.train", word])

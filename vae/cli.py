@@ -30,7 +30,10 @@ TRANSIENT = {"run", "resume", "progress_bar"}  # options of a command, not of th
 
 
 def run_folder(chosen: str | None, name: str) -> str:
-    """The folder of a run or sweep: the chosen one, or a new runs/NAME/TIME that no other process has."""
+    """The folder of a run or sweep: the chosen one, or a new runs/NAME/TIME that no other process has.
+
+    Raises VAEError where none can be made.
+    """
     if chosen:
         return chosen
     time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -38,8 +41,12 @@ def run_folder(chosen: str | None, name: str) -> str:
         folder = Path("runs") / name / (time if attempt == 1 else f"{time}_{attempt}")
         try:
             folder.mkdir(parents=True)  # fails if it is there: the claim is made by whoever creates it
-        except FileExistsError:
-            continue
+        except OSError as error:
+            if isinstance(error, FileExistsError) and folder.exists():
+                continue
+            raise VAEError(
+                f"{folder} cannot be made in the current folder ({error.strerror}): name another place, as run=FOLDER."
+            ) from error
         return str(folder)
 
 
@@ -56,7 +63,12 @@ def run_name(overrides: str, number: int) -> str:
 
 # The interpolations that conf/train.yaml names its folders with. Registered on import, because the worker processes of a
 # parallel sweep import this module but never run an entry point.
-OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
+def _run_folder(chosen: str | None, name: str) -> str:
+    with sentences():  # Hydra would show where it was while it asked
+        return run_folder(chosen, name)
+
+
+OmegaConf.register_new_resolver("run_folder", _run_folder, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 

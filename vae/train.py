@@ -19,7 +19,7 @@ from vae.engine.sweep import REFUSED
 def main(config: DictConfig) -> float | list[float] | None:
     """Of a run of a sweep, returns `sweep_metric` to the sweeper, and for one that failed the worst value there is."""
     from vae.engine.folder import read_status, resumed_config
-    from vae.engine.run import best_loss, train  # only now: importing torch takes seconds, and --help should not
+    from vae.engine.run import tested_weights, train  # only now: importing torch takes seconds, and --help should not
     from vae.errors import VAEError
     from vae.files import write_json
 
@@ -32,8 +32,8 @@ def main(config: DictConfig) -> float | list[float] | None:
             resume = resuming(config.resume)
             if resume and (folder / "config.yaml").is_file():
                 config, overrides = resumed_config(folder, overrides)
-            loss = best_loss(train(config, folder, overrides, resume))
-        log.info(f"Finished: best validation loss {loss:.4f} nats. Run folder: {folder}")
+            metrics = train(config, folder, overrides, resume)
+        log.info(f"Finished: {tested_weights(metrics)}. Run folder: {folder}")
         return None
     # One failed run must not end a sweep: it is recorded in its folder, and the report and the exit code show it.
     try:
@@ -41,7 +41,7 @@ def main(config: DictConfig) -> float | list[float] | None:
         overrides = [override for override in overrides if override.partition("=")[0] not in constant]
         # The sweep's folder was empty when it began: what is there is of this very run, whose job was started again.
         metrics = train(config, folder, overrides, resuming(config.resume) or True, progress_bar=False)
-        log.info(f"finished {folder.name}: best validation loss {best_loss(metrics):.4f} nats")
+        log.info(f"finished {folder.name}: {tested_weights(metrics)}")
         return sweep_value(config, metrics)
     except VAEError as error:
         log.error(f"FAILED   {folder.name}: {error}")

@@ -163,6 +163,17 @@ def test_pictures_show_the_kl_of_the_validation_just_made_and_at_last_of_the_tes
     assert all(order)
 
 
+def test_a_run_that_early_stopping_ends_draws_its_last_pictures_once(tiny, tmp_path, monkeypatch):
+    """Of the weights that are tested: not before early stopping has decided, and then again."""
+    drawn = []
+    monkeypatch.setattr(
+        pictures, "all_pictures", lambda module, _: drawn.append((module.trainer.state.fn, module.steps)) or {}
+    )
+    options = ["callbacks=early_stopping", "callbacks.pictures.every_n_epochs=1", "logger=none", "optimizer.lr=0"]
+    trained(tiny(*options, "callbacks.early_stopping.patience=2", "trainer.max_epochs=9"), tmp_path)
+    assert drawn == [("fit", 2), ("fit", 4), ("test", 6)]
+
+
 def test_pictures_that_cannot_be_drawn_are_a_warning_and_a_full_disk_is_not(tiny, tmp_path, monkeypatch, caplog):
     def broken(*_):
         raise error

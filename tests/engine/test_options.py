@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 
 from vae.cli import CONFIGS
 from vae.engine.build import build, build_data
 from vae.engine.trainer import build_trainer
+from vae.engine.typed import check_types, fits, in_words
 from vae.errors import VAEError, choose, whole
 
 #: Values that few options take: each either works or is refused in a sentence.
@@ -121,3 +123,47 @@ def test_the_two_checks_name_the_setting_and_what_it_takes():
             whole("n", wrong)
     with pytest.raises(VAEError, match=r"^n=7 must be a whole number from 0 to 5, or null\.$"):
         whole("n", 7, least=0, most=5, optional=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optimizer.lr=-1", "optimizer.lr=-1 cannot be used: Invalid learning rate: -1."),
+        ("optimizer.lr=nan", "optimizer.lr=nan cannot be used: Invalid learning rate: nan."),
+        ("optimizer.betas=[2,3]", r"optimizer.betas=[2, 3] cannot be used: Invalid beta parameter at index 0: 2."),
+        ("+optimizer.rate=1", "optimizer.rate=1 cannot be used: "),
+    ],
+)
+def test_an_option_that_torch_refuses_is_named_alone_and_as_it_is_typed(tiny, override, sentence):
+    why = tried(tiny(override))
+    assert why.startswith(sentence) and "\n" not in why
+
+
+def test_options_that_torch_refuses_together_are_all_named(tiny):
+    why = tried(tiny("optimizer.lr=-1", "optimizer.eps=-1"))
+    assert why.startswith("optimizer.lr=-1, ") and " optimizer.eps=-1," in why
+
+
+@pytest.mark.parametrize(
+    ("hint", "right", "wrong", "words"),
+    [
+        (int, [0, -3], [True, 2.0, "2", None], "a whole number"),
+        (float, [0.5, 2], [True, math.nan, math.inf, -math.inf, "0.5", None], "a finite number"),
+        (bool, [True], [0, "true", None], "true or false"),
+        (str, ["text"], [1, True, None], "a word"),
+        (int | None, [3, None], [False, 0.5], "a whole number or null"),
+        (list[float], [[], [1, 0.5]], [1, [math.nan], ["a"], None], "a list, each a finite number"),
+        (torch.nn.Module, ["anything"], [], "Module"),
+    ],
+)
+def test_a_value_fits_what_a_constructor_declares_or_is_told_so_in_words(hint, right, wrong, words):
+    assert all(fits(value, hint) for value in right) and not any(fits(value, hint) for value in wrong)
+    assert in_words(hint) == words
+
+
+def test_an_option_of_another_type_is_named_with_what_it_takes():
+    check_types({"_target_": "vae.likelihoods.Gaussian", "sigma": 2}, "likelihood")
+    for value, shown in ((math.nan, "nan"), ("much", "much"), (None, "null")):
+        with pytest.raises(VAEError, match=rf"^likelihood\.sigma={shown} must be a finite number\.$"):
+            check_types({"_target_": "vae.likelihoods.Gaussian", "sigma": value}, "likelihood")
+    check_types({"_target_": "torch.optim.Adam", "lr": math.nan}, "optimizer")  # whose own checks are its own

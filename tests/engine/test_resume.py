@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from hydra import initialize_config_dir
@@ -384,6 +385,30 @@ def test_a_data_set_is_looked_for_where_the_machine_says_unless_the_run_was_told
     assert read_config(tmp_path).data.source.root == str(tmp_path)
     (tmp_path / "config.yaml").write_text("data: {source: {_target_: mine.images, root: /nowhere}}\n")
     assert read_config(tmp_path).data.source.root == "/nowhere"
+
+
+def test_images_of_ones_own_may_be_moved_and_other_images_in_another_place_are_another_run(tiny, tmp_path):
+    from vae.engine.run import evaluate
+
+    def held(path, seed):
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, np.random.default_rng(seed).integers(0, 256, (100, 8, 8), dtype=np.uint8))
+        return ["data=arrays", f"data.source.path={path}"]
+
+    before, after, other = (held(tmp_path / name / "x.npy", seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    run = tmp_path / "run"
+    first = trained(tiny(*before), run, before)
+    shutil.rmtree(tmp_path / "a")
+    everything = contents(run)
+    with pytest.raises(OtherTraining, match=r"data\.source\.path is .*/a/x\.npy there and .*/c/x\.npy now"):
+        train(tiny(*other), run, other, resume=True, progress_bar=False)
+    assert contents(run) == everything
+    assert trained(tiny(*after), run, after, resume=True) == first
+    assert read_config(run).data.source.path == str(tmp_path / "b" / "x.npy")  # where later commands find them
+    assert evaluate(run)["test/elbo"] == first["test/elbo"]
+    held(tmp_path / "a" / "x.npy", 0)  # and back again, for longer
+    longer = trained(tiny(*before, "trainer.max_epochs=2"), run, before, resume=True)
+    assert longer == trained(tiny(*after, "trainer.max_epochs=2"), tmp_path / "one", after)
 
 
 def test_an_absent_setting_is_null():

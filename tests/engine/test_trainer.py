@@ -220,6 +220,18 @@ def test_loggers_of_ones_own_get_settings_metrics_and_pictures_each_run_its_own(
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_checkpoint_of_ones_own_lies_in_the_runs_folder_wherever_a_logger_writes(tiny, tmp_path):
+    mine = "++callbacks.mine._target_=pytorch_lightning.callbacks.ModelCheckpoint"
+    config = tiny(mine, "++callbacks.mine.filename=mine")
+    config.logger = {
+        "notes": {"_target_": f"{__name__}.Notes", "_partial_": True, "elsewhere": str(tmp_path / "elsewhere")}
+    }
+    train(config, tmp_path / "run", [], progress_bar=False)
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names == {"best.ckpt", "last.ckpt", "mine.ckpt"}
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_logger_alone_and_one_that_fails_with_its_run_is_ended_too(tiny, tmp_path):
     Notes.made.clear()
     config = tiny("optimizer.lr=1e30", "logger=none", "trainer.max_epochs=3")

@@ -5,6 +5,7 @@ Imports neither Hydra nor Lightning, and no image is read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Mapping
@@ -80,9 +81,21 @@ def called(what: str, make: Any, *arguments: Any, **sizes: Any) -> Any:
         made = getattr(make, "func", make)
         if made.__module__.partition(".")[0] not in ("vae", "torch"):
             raise
-        options = ", ".join(f"{key}={value}" for key, value in getattr(make, "keywords", {}).items())
+        options = getattr(make, "keywords", {})
+        if made.__module__.startswith("torch."):
+            options = _at_fault(made, options, arguments) or options
+        shown = ", ".join(f"{what}.{key}={value}" for key, value in options.items())
         why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise VAEError(f"{what} cannot be made with {options or 'these options'}: {why}.") from error
+        raise VAEError(f"{shown or what} cannot be used: {why}.") from error
+
+
+def _at_fault(made: Any, options: Mapping[str, Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """The one of these options without which `made` can be called; none where there is none, as where two are wrong."""
+    for key, value in options.items():
+        with contextlib.suppress(Exception):
+            made(*arguments, **{other: options[other] for other in options if other != key})
+            return {key: value}
+    return {}
 
 
 def make_trusted(node: Mapping[str, Any], group: str = "", trust: bool = False) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -231,16 +232,27 @@ def discard(folder: Path) -> None:
             path.unlink()
 
 
+def images_digest(data: ImageDataModule) -> str:
+    """What tells one set of images from another wherever it lies: the sizes of its splits, and the first images of each."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in data.splits_ready():
+        x = split.gather(torch.arange(min(8, len(split))))[0].contiguous()
+        digest.update(f"{len(split)} {tuple(x.shape)} {x.dtype} ".encode() + x.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def facts(config: DictConfig, data: ImageDataModule, module: VAEModule, overrides: Sequence[str]) -> dict[str, Any]:
     """What later commands need to know of a run and would otherwise have to guess: facts.json.
 
     data: the name of the data set; image_shape: (C, H, W); num_classes: of the labels that the model is given, 0 for none;
     latent_label: whether the label is a latent variable too; likelihood: its class; discrete: whether it is a mass, not a
-    density (likelihoods of the two never compare); set: the settings that the command line set; vae: the version.
+    density (likelihoods of the two never compare); images: `images_digest`; set: the settings that the command line set;
+    vae: the version.
     """
     source = str(config.data.source._target_ if "source" in config.data else config.data._target_)
     return {
         "data": source.rsplit(".", 1)[-1],
+        "images": images_digest(data),
         "image_shape": list(data.image_shape),
         "num_classes": module.vae.num_classes,
         "latent_label": module.vae.latent_label,

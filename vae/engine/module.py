@@ -13,8 +13,8 @@ from torch import Tensor
 from vae.data.images import Batch
 from vae.data.loader import BatchLoader
 from vae.engine.callbacks.records import take_back
-from vae.errors import VAEError
-from vae.evaluation.likelihood import ELBOTotals, bits_per_dim, check_samples, nll, parts_of
+from vae.errors import VAEError, whole
+from vae.evaluation.likelihood import MOST_SAMPLES, ELBOTotals, bits_per_dim, nll, parts_of
 from vae.evaluation.work import Work, no_tick
 from vae.model import VAE
 from vae.objectives.elbo import Objective, SinglePass
@@ -45,7 +45,7 @@ class VAEModule(pl.LightningModule):
         super().__init__()
         self.vae, self.objective = vae, objective
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
-        self.nll_samples = check_samples(nll_samples)
+        self.nll_samples = whole("nll_samples", nll_samples, least=0, most=MOST_SAMPLES)
         self.progress_bar = False  # of the test's bound, which may be long
         self.logged = False  # anything, by this module or a callback, since the loop last looked
         self.steps = 0  # batches trained on; unlike Lightning's counter, one per batch whatever the optimisers do

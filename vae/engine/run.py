@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from vae.cli import TRANSIENT, command
 from vae.data.images import Splits
 from vae.data.module import ImageDataModule
-from vae.engine.build import build, run_length
+from vae.engine.build import build, build_data, run_length
 from vae.engine.callbacks.records import Reporter
 from vae.engine.checkpoints import choose_weights, load_weights, seconds_before
 from vae.engine.folder import (
@@ -28,6 +28,7 @@ from vae.engine.folder import (
     environment,
     facts,
     holds_training,
+    images_digest,
     now,
     only_process,
     read_config,
@@ -61,7 +62,8 @@ def train(
 
     resume: False starts anew, for which commands ask for an empty folder; "restart" starts anew whatever is there. True
     goes on from the last checkpoint, for longer if that is asked for, and leaves a run that finished as it is; settings
-    that do not change what is trained (`folder.TAKEN_OVER`) may be others. Nothing is deleted then, but for the weights of
+    that do not change what is trained (`folder.TAKEN_OVER`) may be others, and so may `data.source.path` if the same
+    images lie there. Nothing is deleted then, but for the weights of
     the same run from before its first last.ckpt.
     Raises VAEError, before anything is written, if another process is training this run, for what a run cannot use, and
     with resume=True if any other setting is not what the run was trained with.
@@ -81,10 +83,15 @@ def train(
         if going_on:
             stored = OmegaConf.to_container(read_config(folder))
             changed = differences(stored, settled)
+            moved = "data.source.path" in changed and _only_moved(folder, config)
+            if moved:
+                del changed["data.source.path"]
             longer = refuse_other_training(folder, stored, changed)
             metrics = read_metrics(folder)
             if metrics and read_status(folder).get("state") == "finished":
                 if not longer:
+                    if moved:
+                        _write_settings(folder, config, overrides)
                     _say_what_had_no_effect(folder, changed)
                     return metrics
                 if not last.is_file():
@@ -94,8 +101,7 @@ def train(
         checkpoint = last if going_on and last.is_file() else None
         if checkpoint is None:
             discard(folder)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
-        write_text(folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+        _write_settings(folder, config, overrides)
         write_json(folder / "environment.json", environment())
         status = {"state": "running", "reason": None, "started": now(), "seconds": 0.0, "epochs": 0}
         write_json(folder / "status.json", status)
@@ -118,6 +124,16 @@ def train(
             with contextlib.suppress(VAEError) if status["state"] == "failed" else contextlib.nullcontext():
                 write_json(folder / "status.json", status)
     return metrics
+
+
+def _write_settings(folder: Path, config: DictConfig, overrides: list[str]) -> None:
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
+    write_text(folder / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(overrides)))
+
+
+def _only_moved(folder: Path, config: DictConfig) -> bool:
+    """Whether images of one's own that `config` looks for in another place are those that the run was trained on."""
+    return read_json(folder / "facts.json").get("images") == images_digest(build_data(config))
 
 
 def _say_what_had_no_effect(folder: Path, changed: dict[str, tuple[Any, Any]]) -> None:
@@ -178,9 +194,9 @@ def interruptions(trainer: pl.Trainer) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def best_loss(metrics: dict[str, float]) -> float:
-    """The validation loss of the weights that were tested, in nats."""
-    return metrics["val/best_loss"]
+def tested_weights(metrics: dict[str, float]) -> str:
+    """Which weights were tested, and their validation loss: the best one or, where that moves, that of the last weights."""
+    return f"validation loss {metrics['val/best_loss']:.4f} nats of the tested weights, epoch {metrics['val/best_epoch']:.0f}"
 
 
 def _floats(metrics: dict[str, Any], prefix: str) -> dict[str, float]:

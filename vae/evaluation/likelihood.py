@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vae.errors import VAEError
 from vae.evaluation.work import no_tick
 from vae.model import VAE, VAEOutput
 from vae.precision import wide
@@ -66,16 +65,6 @@ class ELBOTotals:
             "bits_per_dim": bits_per_dim(-(distortion + rate), self.pixels),
             "active_units": float((variance > ACTIVE_UNIT_THRESHOLD).sum()),
         }
-
-
-def check_samples(samples: int) -> int:
-    """`samples` as it is: K of a bound, or 0 for none. Raises VAEError unless it is a whole number up to MOST_SAMPLES."""
-    if isinstance(samples, bool) or not isinstance(samples, int) or not 0 <= samples <= MOST_SAMPLES:
-        raise VAEError(
-            f"nll_samples={samples} must be a whole number from 0, which leaves the bound out, to {MOST_SAMPLES:,}: more "
-            "would not end."
-        )
-    return samples
 
 
 def parts_of(samples: int, images: int, max_decodes: int = 20_000) -> list[int]:
