@@ -72,6 +72,17 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def refuse_aliases(text: str) -> None:
+    """Raises yaml.YAMLError for YAML with aliases: what runs write has none, and a few lines of them may unfold without end."""
+    if "*" not in text:
+        return
+    import yaml  # not for those who only write
+
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases, which no run writes")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -541,6 +541,7 @@ def test_facts_say_which_likelihoods_compare_whatever_their_classes_are_called(u
     assert sorted(set(read_sweep(tmp_path).data_sets)) == ["photos, likelihood density", "photos, likelihood gaussish"]
 
 
+BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{k: *a{n - 1}, l: *a{n - 1}}}\n" for n in range(1, 60))
 RECURSIVE = "model: &a\n  latent_dim: 2\n  again: *a\n"
 
 
@@ -548,7 +549,11 @@ RECURSIVE = "model: &a\n  latent_dim: 2\n  again: *a\n"
     ("file", "content", "reason"),
     [
         ("metrics.json", '{"test/elbo": 1' + "0" * 400 + "}", "test/elbo is larger than any number"),
-        ("config.yaml", RECURSIVE, "contains itself"),
+        ("metrics.json", '{"test/elbo": 1e101}', "test/elbo is larger than any number"),
+        ("config.yaml", RECURSIVE, "config.yaml is damaged (it has aliases"),
+        ("config.yaml", BOMB, "config.yaml is damaged (it has aliases"),
+        ("overrides.yaml", "- &a [*a]\n", "overrides.yaml is damaged (it has aliases"),
+        ("status.json", '{"state": "failed", "reason": "\\ud800", "seconds": 1' + "0" * 400 + "}", "\\ud800"),
         ("facts.json", "[1, 2", "facts.json is damaged"),
         ("metrics.json", "\0\0\0", "metrics.json is damaged"),
     ],
@@ -559,11 +564,34 @@ def test_a_run_with_a_damaged_file_is_listed_and_the_others_are_reported(undrawn
     (folder / file).write_text(content)
     write_report(read_sweep(tmp_path))
     (odd,) = read_sweep(tmp_path).failed
-    assert odd.state == "damaged" and reason in odd.reason
+    assert odd.state == ("failed" if file == "status.json" else "damaged") and reason in odd.reason
     assert len(rows_of(tmp_path)) == 7
 
 
-@pytest.mark.parametrize("swept", ["range(0,1e9)", "glob(*)", "range(0,1000000000)", "choice(1,2", "interval(0,1)"])
+def test_numbers_and_words_that_no_float_or_file_holds_are_reported_as_they_are(undrawn, tmp_path):
+    make_grid(tmp_path)
+    huge = "1" + "0" * 400
+    odd = make_run(tmp_path / "odd")
+    (odd / "config.yaml").write_text(f"seed: {huge}\nmodel: {{latent_dim: {huge}}}\nnote: '&a [*a]'\n")
+    (odd / "overrides.yaml").write_text("- note=&a [*a]\n")
+    (odd / "metrics.json").write_text('{"test/elbo": -Infinity, "test/rate": 1e100, "\\ud800": 1}')
+    write_report(read_sweep(tmp_path))
+    found = next(run for run in read_sweep(tmp_path).runs if run.name == "odd")
+    assert found.finished and found.settings["model.latent_dim"] == 10**400 and found.metrics["\\ud800"] == 1
+
+
+@pytest.mark.parametrize(
+    "swept",
+    [
+        "shuffle(range(0,1e9))",
+        "sort(range(0,1,1e-9))",
+        "range(0,1e9)",
+        "glob(*)",
+        "range(0,1000000000)",
+        "choice(1,2",
+        "interval(0,1)",
+    ],
+)
 def test_a_sweep_whose_grid_cannot_be_listed_is_reported_without_what_is_missing(undrawn, tmp_path, swept):
     make_grid(tmp_path)
     write_multirun(tmp_path, {"objective.beta": swept})

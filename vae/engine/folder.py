@@ -28,6 +28,7 @@ import vae
 from vae.cli import TRANSIENT, command_line
 from vae.engine.stored import renewed
 from vae.errors import VAEError
+from vae.files import refuse_aliases
 
 if TYPE_CHECKING:
     from vae.data.module import ImageDataModule
@@ -60,6 +61,7 @@ def read_config(folder: Path) -> DictConfig:
     if not path.is_file():
         raise VAEError(f"{folder} is not a run folder: it has no config.yaml.")
     try:
+        refuse_aliases(path.read_text())
         config = renewed(OmegaConf.to_container(OmegaConf.load(path)))
         schedule = config.get("lr_schedule") or {}
         if schedule.get("_target_") == "torch.optim.lr_scheduler.CosineAnnealingLR":  # which earlier versions stored

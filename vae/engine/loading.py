@@ -17,6 +17,7 @@ from torch import Tensor
 from vae.engine.assemble import ImageFacts, assemble, make_trusted
 from vae.engine.stored import read_checkpoint, renewed
 from vae.errors import VAEError
+from vae.files import refuse_aliases
 from vae.model import VAE, Posterior
 from vae.seeding import generator
 
@@ -76,7 +77,9 @@ class LoadedRun:
         if not path.is_file():
             raise VAEError(f"{self.path} is not a run folder: it has no config.yaml.")
         try:
-            return renewed(yaml.safe_load(path.read_text(encoding="utf-8")))
+            text = path.read_text(encoding="utf-8")
+            refuse_aliases(text)
+            return renewed(yaml.safe_load(text))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise VAEError(f"{path} is damaged and cannot be read.") from error
 

@@ -43,6 +43,7 @@ def quiet_lightning() -> None:
         ".*`isinstance.treespec, LeafSpec.`.*",
         ".*Checkpoint directory.*exists.*",
         ".*logs directory.*exists and is not empty.*",
+        ".*`srun` command is available.*",  # on a machine with Slurm, of every run that is started without it
     ):
         warnings.filterwarnings("ignore", noise)
 

@@ -11,10 +11,13 @@ from typing import Any
 
 import yaml
 
+from vae.files import refuse_aliases
+
 FINISHED, FAILED, CUT_OFF, DAMAGED = "finished", "failed", "cut off", "damaged"
 
 _MARKERS = ("config.yaml", "overrides.yaml", "status.json", "metrics.json")
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+GREATEST = 1e100  # of a number that is reported: sums, squares and axes of larger ones would not be finite
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -81,11 +84,6 @@ def read_run(folder: Path, name: str) -> Run:
     status = read(_read_mapping, "status.json") or {}
     metrics = read(_read_metrics, "metrics.json")
     facts = read(_read_mapping, "facts.json") or {}
-    try:
-        flat = flatten(config or {})
-    except RecursionError:  # a YAML whose alias holds itself
-        problems.append("config.yaml is damaged (it contains itself)")
-        flat = {}
     environment = {}
     try:
         if (folder / "environment.json").is_file():
@@ -99,7 +97,7 @@ def read_run(folder: Path, name: str) -> Run:
         folder=folder,
         state=state,
         reason=reason,
-        config=flat,
+        config=flatten(config or {}),
         overrides=tuple(str(item) for item in overrides) if isinstance(overrides, list) else (),
         metrics=metrics or {},
         seconds=_number(status.get("seconds")),
@@ -140,14 +138,16 @@ def flatten(nested: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
+        refuse_aliases(text)
+        return yaml.load(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise Damaged(f"{path.name} is damaged ({_first_line(error)})") from error
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _writable(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise Damaged(f"{path.name} is damaged ({_first_line(error)})") from error
 
@@ -164,10 +164,10 @@ def _read_metrics(path: Path) -> dict[str, float]:
     for key, value in _read_mapping(path).items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise Damaged(f"{path.name} is damaged ({key} is not a number)")
-        try:
-            metrics[key] = math.nan if value is None else float(value)
-        except OverflowError:
-            raise Damaged(f"{path.name} is damaged ({key} is larger than any number)") from None
+        number = math.nan if value is None else value
+        if GREATEST < abs(number) < math.inf:
+            raise Damaged(f"{path.name} is damaged ({key} is larger than any number)")
+        metrics[key] = float(number)
     return metrics
 
 
@@ -182,6 +182,7 @@ def read_yaml(path: Path) -> Any:
 def parse_scalar(text: str) -> Any:
     """The value that a command line's `key=text` means: 4 -> the number, mnist -> the word."""
     try:
+        refuse_aliases(text)
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError):
         return text
@@ -193,4 +194,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    """`value`, if it is a number that can be counted with."""
+    countable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= GREATEST
+    return value if countable else None
+
+
+def _writable(value: Any) -> Any:
+    """`value` with halves of surrogate pairs, which JSON may hold and no file or terminal takes, as their escapes."""
+    if isinstance(value, dict):
+        return {_writable(key): _writable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_writable(one) for one in value]
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value

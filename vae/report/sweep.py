@@ -317,6 +317,7 @@ def _expected(multirun: Any) -> list[tuple[str, ...]]:
     except (KeyError, TypeError, AttributeError, RecursionError):
         return []
     from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import, and seldom needed
+    from hydra.core.override_parser.types import RangeSweep
     from hydra.errors import HydraException
 
     choices: dict[str, list[str]] = {}  # the command line, which comes later, replaces the config
@@ -324,6 +325,9 @@ def _expected(multirun: Any) -> list[tuple[str, ...]]:
         for override in OverridesParser.create().parse_overrides([str(line) for line in lines]):
             key = override.get_key_element()
             if override.is_discrete_sweep():
+                swept = override.value()
+                if isinstance(swept, RangeSweep) and abs(swept.stop - swept.start) > MOST_JOBS * abs(swept.step):
+                    return []  # Hydra lists them all where they are sorted or shuffled
                 values = list(itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1))
                 if len(values) > MOST_JOBS:
                     return []

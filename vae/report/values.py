@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from typing import Any
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def canonical(value: Any) -> str:
