@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from vae.engine.search import sweep_directions, sweep_value
-from vae.engine.sweep import MOST_REQUEUES, allow_requeueing, tell_direction
+from vae.engine.sweep import tell_direction
 from vae.errors import VAEError
 
 MEASURED = {"val/elbo": -20.0, "val/loss": 30.0, "test/nll_iw500": 19.0, "val/active_units": 3.0}
@@ -81,20 +81,3 @@ def test_a_sweeper_with_a_direction_is_given_it_and_may_not_say_otherwise(capsys
     with pytest.raises(SystemExit):
         tell_direction(asked("val/elbo", **named))
     assert "hydra.sweeper.direction=minimize, but sweep_metric=val/elbo is to maximize" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("launcher", "line", "then"),
-    [
-        ({"max_num_timeout": 0}, [], {"max_num_timeout": MOST_REQUEUES}),
-        ({"max_num_timeout": 0}, ["hydra.launcher.max_num_timeout=0"], {"max_num_timeout": 0}),
-        ({"max_num_timeout": 3}, [], {"max_num_timeout": 3}),
-        ({"n_jobs": 2}, [], {"n_jobs": 2}),
-    ],
-)
-def test_slurm_may_requeue_a_run_at_its_time_limit_unless_the_command_says_how_often(launcher, line, then):
-    config = asked("val/elbo", launcher=launcher)
-    config.hydra.overrides.hydra = line
-    OmegaConf.set_struct(config, True)
-    allow_requeueing(config)
-    assert config.hydra.launcher == then

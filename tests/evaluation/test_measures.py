@@ -242,7 +242,7 @@ def test_an_unknown_split_or_measure_is_refused_whatever_is_measured(folder):
 
 def test_so_they_are_where_a_module_is_built_in_python(tiny):
     module = build(tiny())[1]
-    for samples in (10_000_001, -1, 2.5, True):
-        with pytest.raises(VAEError, match=f"^nll_samples={samples} must be a whole number from 0 to 10,000,000"):
-            VAEModule(module.vae, module.objective, module.make_optimizer, nll_samples=samples)
+    for number in (10_000_001, -1, 2.5, True):
+        with pytest.raises(VAEError, match=f"^nll_samples={number} must be a whole number from 0 to 10,000,000"):
+            VAEModule(module.vae, module.objective, module.make_optimizer, nll_samples=number)
     assert VAEModule(module.vae, module.objective, module.make_optimizer, nll_samples=10_000_000).nll_samples == 10**7

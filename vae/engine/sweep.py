@@ -19,7 +19,6 @@ from vae.errors import VAEError
 
 #: In the folder of a run that the latest sweep could not touch: why. What an earlier one made there is as it was.
 REFUSED = "refused.json"
-MOST_REQUEUES = 1000  # of a run under Slurm: an end to what makes no headway
 
 
 class SweepCallback(Callback):
@@ -39,7 +38,6 @@ class SweepCallback(Callback):
         for old in Path(config.hydra.sweep.dir).glob(f"*/{REFUSED}"):
             old.unlink()
         tell_direction(config)
-        allow_requeueing(config)
         command_line()  # for the processes that the runs may be given to
         launcher.use()
         task = list(config.hydra.overrides.task)
@@ -116,12 +114,3 @@ def tell_direction(config: DictConfig) -> None:
     if "direction" in config.hydra.sweeper:
         with open_dict(config):
             config.hydra.sweeper.direction = directions if len(directions) > 1 else directions[0]
-
-
-def allow_requeueing(config: DictConfig) -> None:
-    """Let submitit's Slurm launcher requeue a run that meets its time limit as often as it takes: it goes on from its last
-    checkpoint. The launcher's own default, 0, gives it up at the first; a number on the command line is left."""
-    named = any("hydra.launcher.max_num_timeout=" in override for override in config.hydra.overrides.hydra)
-    if config.hydra.launcher.get("max_num_timeout") == 0 and not named:
-        with open_dict(config):
-            config.hydra.launcher.max_num_timeout = MOST_REQUEUES
