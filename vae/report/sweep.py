@@ -326,8 +326,10 @@ def _expected(multirun: Any) -> list[tuple[str, ...]]:
             key = override.get_key_element()
             if override.is_discrete_sweep():
                 swept = override.value()
-                if isinstance(swept, RangeSweep) and abs(swept.stop - swept.start) > MOST_JOBS * abs(swept.step):
-                    return []  # Hydra lists them all where they are sorted or shuffled
+                if isinstance(swept, RangeSweep):  # which Hydra lists whole where it is sorted or shuffled
+                    start, stop, step = (float(end or 0) for end in (swept.start, swept.stop, swept.step))
+                    if abs(stop - start) > MOST_JOBS * abs(step):
+                        return []
                 values = list(itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1))
                 if len(values) > MOST_JOBS:
                     return []
