@@ -15,6 +15,7 @@ from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 
 from vae.beta import Constant, Cosine, Cyclical, Linear, Schedule
 from vae.engine.build import build, run_length
+from vae.engine.callbacks.progress import Progress
 from vae.engine.folder import environment, usable_cores
 from vae.engine.loggers import log_picture
 from vae.engine.run import train
@@ -218,6 +219,23 @@ def test_loggers_of_ones_own_get_settings_metrics_and_pictures_each_run_its_own(
         assert list(folder.glob("events.out.tfevents.*"))
     assert len(Notes.made) == 2
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(("steps", "total"), [(math.inf, None), (5, 10)])
+def test_a_bar_counts_the_batches_of_a_run_and_does_without_where_nothing_ends_it(steps, total):
+    bar = Progress()
+    trainer = SimpleNamespace(estimated_stepping_batches=steps, accumulate_grad_batches=2)
+    bar.on_train_start(trainer, SimpleNamespace(steps=3))
+    assert (bar.bar.total, bar.bar.n) == (total, 3)
+    bar.bar.close()
+
+
+def test_a_run_whose_time_is_up_before_its_first_step_is_told_in_a_sentence(tiny, tmp_path):
+    with pytest.raises(
+        VAEError, match=r"^The run ended before its first step: give it more than trainer\.max_time=00:00:00:00\.$"
+    ):
+        train(tiny("+trainer.max_time='00:00:00:00'"), tmp_path, [], progress_bar=False)
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
 
 
 def test_a_checkpoint_of_ones_own_lies_in_the_runs_folder_wherever_a_logger_writes(tiny, tmp_path):

@@ -162,6 +162,10 @@ def _fit_and_test(
     warn_of_unreached_weight(module.objective, run_length(config.trainer, data)[0])
     with interruptions(trainer):
         trainer.fit(module, data, ckpt_path=checkpoint)
+    if not module.steps:
+        raise VAEError(
+            f"The run ended before its first step: give it more than trainer.max_time={config.trainer.get('max_time')}."
+        )
     metrics = module.epoch_terms()
     for callback in trainer.callbacks:
         if isinstance(callback, Reporter):

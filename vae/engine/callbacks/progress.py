@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,8 +16,14 @@ class Progress(pl.Callback):
     """
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        total = trainer.estimated_stepping_batches
-        self.bar = tqdm(total=int(total), initial=module.steps, unit="step", dynamic_ncols=True, smoothing=0.05)
+        batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+        self.bar = tqdm(
+            total=None if batches == math.inf else int(batches),
+            initial=module.steps,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
 
     def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         shown = {"epoch": trainer.current_epoch}
