@@ -25,7 +25,7 @@ from vae.report.__main__ import main
 from vae.report.pictures import galleries
 from vae.report.plots import curves_along, draw
 from vae.report.tables import nats
-from vae.report.values import format_value
+from vae.report.values import format_value, is_number
 
 
 def config(**overrides: Any) -> dict[str, Any]:
@@ -605,3 +605,8 @@ def test_a_folder_whose_name_is_not_text_is_reported_and_linked(undrawn, tmp_pat
     write_report(read_sweep(tmp_path))
     page = (tmp_path / "report" / "index.html").read_text()
     assert "run-%FF/" in page and "run-\\udcff" in page
+
+
+def test_a_number_is_what_a_float_holds():
+    assert all(is_number(value) for value in (0, -3, 0.5, 1e308, 10**308))
+    assert not any(is_number(value) for value in (True, None, "1", math.nan, math.inf, -math.inf, 10**309, -(10**400)))
