@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import importlib.util
 import itertools
 import math
 import os
@@ -114,17 +115,25 @@ def rename_old() -> None:
             sys.argv[place] = new
 
 
+def name_extras() -> None:
+    """Exit with a sentence where this process's command line chooses a launcher whose package is not installed."""
+    for word in sys.argv[1:]:
+        if word.startswith("hydra/launcher=submitit") and not importlib.util.find_spec("submitit"):
+            with sentences():
+                raise VAEError(f"{word} needs the submitit plugin: pip install 'vae[slurm]'.")
+
+
 def command(module: str, **options: object) -> str:
     """A command of this package as it can be pasted into a shell."""
     return shlex.join(["python", "-m", module, *(f"{name}={value}" for name, value in options.items())])
 
 
 def command_line() -> str:
-    """This process's command line; in a joblib worker, the parent's, if the parent called this first."""
+    """This process's command line; in a launcher's worker, the parent's, if the parent called this first."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is None:
         words = [os.path.relpath(sys.argv[0]), *sys.argv[1:]]
-    elif spec.name.startswith("joblib."):
+    elif spec.name.startswith(("joblib.", "submitit.")):
         return os.environ.get("VAE_COMMAND", "unknown")
     else:
         words = ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]

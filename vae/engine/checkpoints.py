@@ -28,9 +28,10 @@ def load_weights(module: pl.LightningModule, path: Path) -> dict[str, Any]:
     return content
 
 
-def seconds_before(path: Path) -> float:
-    """What a run had cost when it saved this checkpoint, by all its attempts together."""
-    return read_checkpoint(path)["callbacks"].get(Interruptible.__name__, {}).get("seconds", 0.0)
+def reached(path: Path) -> tuple[int, float]:
+    """The steps that a run had made when it saved this checkpoint, and the seconds, all its attempts together."""
+    saved = read_checkpoint(path)
+    return saved["steps"], saved["callbacks"].get(Interruptible.__name__, {}).get("seconds", 0.0)
 
 
 class CheckpointIO(TorchCheckpointIO):

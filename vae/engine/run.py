@@ -19,7 +19,7 @@ from vae.data.images import Splits
 from vae.data.module import ImageDataModule
 from vae.engine.build import build, build_data, run_length
 from vae.engine.callbacks.records import Reporter
-from vae.engine.checkpoints import choose_weights, load_weights, seconds_before
+from vae.engine.checkpoints import choose_weights, load_weights, reached
 from vae.engine.folder import (
     MEASURING,
     begins_with,
@@ -107,7 +107,9 @@ def train(
         write_json(folder / "status.json", status)
         started, before = time.monotonic(), 0.0
         try:
-            before = seconds_before(checkpoint) if checkpoint else 0.0
+            if checkpoint:
+                steps, before = reached(checkpoint)
+                logging.getLogger(__name__).info(f"{folder.name} goes on from step {steps:,}, its last checkpoint.")
             metrics, status["epochs"] = _fit_and_test(config, folder, overrides, checkpoint, progress_bar)
             status["state"] = "finished"
         except BaseException as error:
@@ -115,7 +117,7 @@ def train(
                 error = VAEError(f"There is no space left on the disk to write to {folder}.")
             status["state"] = "failed"
             status["reason"] = str(error) if isinstance(error, VAEError) else f"{type(error).__name__}: {error}"
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, KeyboardInterrupt | SystemExit):  # a cluster's job ends itself by the latter
                 status["reason"] = "interrupted"
             raise error
         finally:

@@ -39,7 +39,7 @@ class SweepCallback(Callback):
             old.unlink()
         tell_direction(config)
         command_line()  # for the processes that the runs may be given to
-        launcher.use()
+        use_launcher(config)
         task = list(config.hydra.overrides.task)
         constant = [
             o.get_key_element() for o in OverridesParser.create().parse_overrides(task) if not o.is_sweep_override()
@@ -70,6 +70,23 @@ class SweepCallback(Callback):
             )
         if refused or not sweep.complete:
             sys.exit(1)
+
+
+#: How often a run on a cluster may meet its time limit and go on; the plugin's own, 0, gives up at the first.
+TIME_LIMITS = 100
+
+
+def use_launcher(config: DictConfig) -> None:
+    """Let `hydra/launcher` mean this project's own of that name. Changes what it is given."""
+    launcher.use()
+    if str(config.hydra.runtime.choices["hydra/launcher"]).startswith("submitit"):
+        from vae.engine import cluster  # only now: submitit is an extra
+
+        cluster.use()
+        if not any("hydra.launcher.max_num_timeout=" in override for override in config.hydra.overrides.hydra):
+            with open_dict(config):
+                if "max_num_timeout" in config.hydra.launcher:
+                    config.hydra.launcher.max_num_timeout = TIME_LIMITS
 
 
 def refuse_used_folder(config: DictConfig) -> None:

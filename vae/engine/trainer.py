@@ -171,9 +171,11 @@ def compared(config: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def set_threads(threads: int | str) -> None:
-    """Threads of this process's arithmetic. `auto` is one: two on cores that another process works on take ten times as
-    long, one is never slow for networks of this size, and numbers are then the same on every machine of a kind."""
-    threads = 1 if threads == "auto" else threads
+    """Threads of this process's arithmetic. `auto` is what a Slurm job was given, and one elsewhere: two on cores that
+    another process works on take ten times as long, one is never slow for networks of this size, and numbers are then
+    the same on every machine of a kind."""
+    if threads == "auto":
+        threads = usable_cores() if os.environ.get("SLURM_CPUS_PER_TASK", "").isdecimal() else 1
     if not isinstance(threads, int) or threads < 1:
         raise VAEError(f"threads={threads} must be `auto` or a whole number of at least 1.")
     if threads > usable_cores():
