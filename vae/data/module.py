@@ -29,7 +29,8 @@ class ImageDataModule(pl.LightningDataModule):
     is measured, training images too, has one seeded draw, so that every run is measured on the same pixels). seed: of the
     training order and draws. limit: keep only the first so many images of each split. labeled: train with the labels of
     so many training images, equally many per class, and -1 for the others; what is measured has them all. Raises VAEError for
-    an option that makes no sense, a batch larger than the split, and images that `accepted` refuses.
+    an option that makes no sense and images that `accepted` refuses. Warns where a batch would be larger than the training
+    split, and takes all of it.
     """
 
     def __init__(
@@ -71,9 +72,12 @@ class ImageDataModule(pl.LightningDataModule):
         if self.limit is not None:
             splits = Splits(*(_first(split, self.limit) for split in splits))
         if self.batch_size > len(splits.train):
-            raise VAEError(
-                f"data.batch_size={self.batch_size} is larger than the training split, which has {len(splits.train)} images."
+            warnings.warn(
+                f"data.batch_size={self.batch_size} is larger than the training split, which has {len(splits.train)} images: "
+                "each step takes all of them.",
+                stacklevel=2,
             )
+            self.batch_size = len(splits.train)
         if self.labeled is not None:
             self._train_labels = splits.train.y
             classes = self._count_classes()
