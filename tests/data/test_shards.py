@@ -19,7 +19,6 @@ from vae.data import tars
 from vae.data.loader import BatchLoader, EpochSampler
 from vae.data.module import ImageDataModule
 from vae.data.shards import order_of_reading, webdataset
-from vae.engine.build import instantiate
 from vae.engine.run import train
 from vae.errors import VAEError
 from vae.seeding import generator
@@ -348,15 +347,28 @@ def test_what_a_shard_lacks_is_told_with_its_name(files, sentence, tmp_path):
         assert webdataset(str(path), val, test, labels=False).train.y is None
 
 
-def test_a_run_trains_on_shards_goes_on_from_a_batch_and_can_be_given_labels(splits, tiny, tmp_path):
-    write_shards(tmp_path / "s", (20, 20, 20), labels=False)
-    data = [f"data.source.path={tmp_path / 's'}", "data.limit=null", "data.batch_size=8"]
-    train(tiny("data=webdataset", *data), tmp_path / "run", [], progress_bar=False)
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test/elbo"] < 0
-    config = tiny("data=webdataset", *data)
-    assert config.data.num_workers == 2
+def test_a_run_on_shards_that_was_stopped_within_an_epoch_ends_as_if_it_had_not_been(tiny, tmp_path):
+    write_shards(tmp_path / "s", (20, 20, 20, 10), labels=False)
+
+    def trained(name, steps, **resume):
+        data = [f"data.source.path={tmp_path / 's'}", "data.limit=null", "data.batch_size=8", "data.num_workers=1"]
+        config = tiny("data=webdataset", *data, "trainer.max_epochs=-1", f"trainer.max_steps={steps}")
+        train(config, tmp_path / name, [], progress_bar=False, **resume)
+        last = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        return last["state_dict"], json.loads((tmp_path / name / "metrics.json").read_text())
+
+    trained("two", 2)  # of five or four batches
+    (there, metrics), (expected, at_once) = trained("two", 7, resume=True), trained("one", 7)
+    assert metrics["test/elbo"] == at_once["test/elbo"] < 0
+    assert all(torch.equal(there[name], expected[name]) for name in expected)
+
+
+def test_what_needs_all_images_at_hand_is_refused_in_a_sentence(splits):
     with pytest.raises(VAEError, match="held in memory: use none or threshold here"):
-        instantiate(tiny("data=webdataset", *data, "data.binarize=dynamic").data, seed=0).setup()
+        ImageDataModule(splits, batch_size=4, binarize="dynamic").setup()
     with pytest.raises(VAEError, match="no labelled images of theirs can join every batch"):
         ImageDataModule(splits, batch_size=4).add_labelled(2)
-    assert ImageDataModule(splits, batch_size=4).train_mean().shape == (1, 4, 4)
+    data = ImageDataModule(splits, batch_size=4)
+    assert data.train_mean().shape == (1, 4, 4)
+    assert data.examples("test", 2).y.tolist() == [200, 201]
+    assert set(splits().train.glance(4).tolist()) == {0, 7, 10, 15} and len(splits().train.glance(99)) == 25
