@@ -200,7 +200,7 @@ def test_images_are_fitted_as_those_of_a_folder_are(tmp_path):
     for i in range(3):
         write_tar(
             tmp_path / f"{i}.tar.gz",
-            {"sub/b.seg.png": png(1), "sub/b.json": b"{}", "sub/b.PNG": file.getvalue()},
+            {"sub/b.seg.png": png(1), "sub/b.json": b"{}", "sub/b.PNG": file.getvalue(), "sub/b.jpg": png(1)},
             "w:gz",
         )
     for fit in ("crop", "pad", "stretch"):
@@ -274,10 +274,11 @@ def test_a_shard_that_was_cut_anywhere_is_told_with_its_name(tmp_path):
         path.write_bytes(data[:length])
         with pytest.raises(VAEError, match=f"The shard {path} is damaged or cut short"):
             webdataset(tmp_path)
-    damaged = bytearray(data)
-    damaged[1024:1030] = b"\xff" * 6
-    path.write_bytes(bytes(damaged) + b"\0" * 10240)
-    with pytest.raises(VAEError, match=r"01\.tar"):
+    write_tar(path, {f"{i}.png": bytes([i + 1]) * 40960 for i in range(3)})
+    damaged = bytearray(path.read_bytes())
+    damaged[512 + 40960 : 1024 + 40960] = b"\xff" * 512  # a header, which Python takes for the end
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(VAEError, match=rf"The shard {path} is damaged or cut short \(it does not end as a tar does\)"):
         webdataset(tmp_path)
 
 
@@ -299,7 +300,11 @@ def test_nothing_is_counted_where_all_shards_have_as_many(tmp_path, monkeypatch)
     train = webdataset(path, images_per_shard=4).train
     assert (len(train), train.y) == (12, None)
     with pytest.raises(VAEError, match=r"\d.tar has 4 images, and should have 3: .*data.source.images_per_shard"):
-        list(webdataset(path, images_per_shard=3).train.batches([torch.arange(9)], 0))
+        webdataset(path, images_per_shard=3)  # which looks at the first images of one
+    train = webdataset(path, images_per_shard=3, size=4, channels=1).train
+    assert train.gather(torch.arange(2))[0].shape == (2, 1, 4, 4)
+    with pytest.raises(VAEError, match=r"\d.tar has 4 images, and should have 3"):
+        train.gather(torch.arange(9))
 
 
 @pytest.mark.parametrize(
