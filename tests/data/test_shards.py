@@ -274,6 +274,9 @@ def test_a_shard_that_was_cut_anywhere_is_told_with_its_name(tmp_path):
         path.write_bytes(data[:length])
         with pytest.raises(VAEError, match=f"The shard {path} is damaged or cut short"):
             webdataset(tmp_path)
+    path.write_bytes(data + data)  # the second would be left out
+    with pytest.raises(VAEError, match=f"The shard {path} is damaged or cut short"):
+        webdataset(tmp_path)
     write_tar(path, {f"{i}.png": bytes([i + 1]) * 40960 for i in range(3)})
     damaged = bytearray(path.read_bytes())
     damaged[512 + 40960 : 1024 + 40960] = b"\xff" * 512  # a header, which Python takes for the end
