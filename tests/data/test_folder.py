@@ -233,8 +233,12 @@ def test_a_pattern_says_which_files_count_and_hidden_ones_never_do(tmp_path):
         ([], {}, r"There are no images in .*here\."),
         (["a.txt"], {}, "There are no images in .*: the 1 files that it has, such as a.txt, do not end in .png"),
         (["a.png"], {"pattern": "*.jpg"}, r"such as a.png, do not match data.source.pattern=\*.jpg"),
-        (["a.png"], {}, "The data has 1 images to train on, of which 1 for test and 1 for val cannot be held out"),
-        (["a.png", "b.png", "c.png"], {"val_size": 3}, "1 for test and 3 for val cannot be held out"),
+        (["a.png"], {}, "The data has too few images to train on, 1, for 1 for test and 1 for val to be held out"),
+        (
+            ["a.png", "b.png", "c.png"],
+            {"val_size": 3},
+            "too few images to train on, 3, for 1 for test and 3 for val to be held out",
+        ),
         (["a.png", "cat/b.png"], {}, "Sub-folders of .* are labels, and a.png has none: .*data.source.labels=false"),
         (["train/a/0.png", "train/b/0.png", "test/0.png"], {}, "are labels, and test/0.png has none"),
         (

@@ -119,10 +119,19 @@ def test_streamed_images_arrive_as_gathered_ones_do():
         assert a.seed == b.seed
 
 
+def test_a_batch_larger_than_the_training_split_is_all_of_it_and_a_sentence_says_so():
+    data = module(batch_size=41)
+    with pytest.warns(
+        UserWarning, match="data.batch_size=41 is larger than the training split, which has 40 images: each"
+    ):
+        batches = epoch(data.train_dataloader(), 0)
+    assert [sorted(batch.y.tolist()) for batch in batches] == [list(range(40))]
+    assert data.batch_size == 40
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"batch_size": 41}, "larger than the training split, which has 40"),
         ({"batch_size": 0}, "data.batch_size=0 must be a whole number of at least 1"),
         ({"eval_batch_size": 64.5}, "data.eval_batch_size=64.5 must be a whole number"),
         ({"limit": -1}, "data.limit=-1 must be a whole number of at least 1, or null"),

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import own
 import pytest
 import torch
@@ -74,3 +75,15 @@ def test_a_density_of_floats_is_that_of_the_very_values(tiny):
 def test_data_without_a_path_ask_for_it(data, tiny):
     with pytest.raises(VAEError, match=r"data.source.path must say which (folder|file) the images are in"):
         instantiate(tiny(f"data={data}").data, seed=0).setup()
+
+
+def test_a_hundred_photographs_train_with_the_settings_that_are_there(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "photographs").mkdir()
+    noise = np.random.default_rng(0)
+    for i in range(100):
+        Image.fromarray(noise.integers(0, 256, (9, 12, 3), np.uint8)).save(tmp_path / "photographs" / f"{i}.png")
+    where = [f"data.source.path={tmp_path / 'photographs'}", "data.batch_size=128", "data.limit=null"]
+    with pytest.warns(UserWarning, match="data.batch_size=128 is larger than the training split, which has 80 images"):
+        train(tiny("data=folder", *where), tmp_path / "run", [], progress_bar=False)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test/rate"] >= 0

@@ -121,7 +121,7 @@ def test_the_burgess_network_refuses_other_images_in_a_sentence(tiny):
         ("model.latent_dim=0", "from 1 to 100,000"),
         ("model.latent_dim=2.5", "whole number"),
         ("objective.beta=-1", "zero or more"),
-        ("data.batch_size=65", "larger than the training split"),
+        ("data.batch_size=0", "at least 1"),
         ("trainer.max_epochs=0", "at least 1"),
         ("threads=0", "at least 1"),
     ],

@@ -108,6 +108,18 @@ class Page:
     def upload(self, element: str, file: Path) -> None:
         self.call("DOM.setFileInputFiles", files=[str(file)], objectId=self.run(element, by_value=False))
 
+    def download(self, folder: Path, act: Callable[[], None], seconds: float = 120) -> Path:
+        """The file that an act saves into an empty folder."""
+        session, self._session = self._session, None  # the browser's setting, not the page's
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        self._session = session
+        act()
+        end = time.monotonic() + seconds
+        while not (there := [file for file in folder.glob("*") if file.suffix != ".crdownload"]):
+            assert time.monotonic() < end, f"nothing was saved into {folder}"
+            time.sleep(0.1)
+        return there[0]
+
     def screenshot(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 

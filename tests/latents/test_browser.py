@@ -29,7 +29,7 @@ TAB = "[...document.querySelectorAll('iframe')].map((f) => f.contentDocument).fi
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Two finished runs on the digits."""
+    """Two finished runs on the digits, and one on wide, coloured, labelled images of one's own with 512 latents."""
     from conftest import composed
 
     from vae.engine.run import train
@@ -37,13 +37,27 @@ def sweep(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     for beta in (1, 4):
         settings = [
-            "trainer.max_epochs=30",
+            "trainer.max_epochs=10",
             "model.latent_dim=10",
             "evaluation.nll_samples=0",
             f"objective.beta={beta}",
         ]
         settings += ["callbacks=minimal", "threads=1", "network.hidden=[128]"]
         train(composed(*settings), folder / f"objective.beta={beta}", settings, progress_bar=False)
+    noise = np.random.default_rng(0)
+    y = np.arange(100) % 3
+    levels = noise.integers(0, 64, (100, 4, 6, 3)).repeat(4, 1).repeat(4, 2) + 90 * y[:, None, None, None]
+    np.savez(folder / "own.npz", x=levels.astype(np.uint8), y=y)
+    settings = ["data=arrays", f"data.source.path={folder / 'own.npz'}", "objective=cvae", "model.latent_dim=512"]
+    settings += [
+        "trainer.max_epochs=15",
+        "optimizer.lr=0.01",
+        "network.hidden=[64]",
+        "data.batch_size=20",
+        "callbacks=minimal",
+        "threads=1",
+    ]
+    train(composed(*settings, "evaluation.nll_samples=0"), folder / "wide", settings, progress_bar=False)
     return folder
 
 
@@ -202,6 +216,65 @@ def test_the_address_brings_back_both_runs_and_their_latents(tab, sweep, tensorb
     assert address(tab, "run2") == "objective.beta=1" and z_of(tab, "z2")[0] == 1
     if folder := os.environ.get("VAE_SCREENSHOTS"):
         tab.screenshot(Path(folder) / "both.png")
+
+
+def coloured(page):
+    url = page.run(f"{TAB}.querySelector('.shown').src")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")).astype(int)
+
+
+def test_a_model_of_wide_coloured_images_with_512_latents_and_labels_is_turned_by_hand(
+    tab, sweep, tensorboard, tmp_path
+):
+    def expected(z, y):
+        return (vae.load(sweep / "wide").decode(z[None], y)[0] * 255).round().int().movedim(0, -1).numpy()
+
+    tab.open(f"{tensorboard}#latents&p.latents.run=wide")
+    tab.until(
+        f"{TAB}?.querySelector('.panel .shown')?.src?.length > 30 && {TAB}.querySelectorAll('.legend span').length"
+    )
+    z = np.zeros(512, np.float32)
+    assert "3 × 16 × 24 images, 512 latents" in tab.run(f"{TAB}.querySelector('.note').textContent")
+    assert "10 test images" in tab.run(f"{TAB}.querySelector('.note').textContent")
+    assert tab.run(f"{TAB}.querySelectorAll('.latent').length") == 512
+    left, top, width, height = box(tab, ".shown")
+    assert abs(width / height - 24 / 16) < 0.02
+    assert abs(coloured(tab) - expected(z, 0)).max() <= 1
+    tab.run(f"(() => {{ const e = {TAB}.querySelector('select.label'); e.value = 2; e.onchange(); }})()")
+    tab.until("location.hash.includes('latents.y=2')")
+    assert abs(coloured(tab) - expected(z, 2)).max() <= 1
+    assert (expected(z, 2) - expected(z, 0)).mean() > 2  # the third class is the brightest
+    last = tab.run(f"+[...{TAB}.querySelectorAll('.latent')].at(-1).dataset.latent")
+    left, top, width, height = box(tab, f'.latent[data-latent="{last}"] input')
+    tab.drag((left + 0.8 * width, top + height / 2))
+    tab.until(f"location.hash.includes('latents.z={last}%3A')")
+    z[last] = float(address(tab, "z").split(":")[1])
+    assert abs(coloured(tab) - expected(z, 2)).max() <= 1
+    levels = np.random.default_rng(1).integers(0, 256, (30, 50, 3), np.uint8)
+    Image.fromarray(levels).save(tmp_path / "photograph.jpg")
+    tab.upload(f"{TAB}.querySelector('.upload')", tmp_path / "photograph.jpg")
+    tab.until(f"{TAB}.querySelectorAll('.neighbours canvas').length === 8")
+    if folder := os.environ.get("VAE_SCREENSHOTS"):
+        tab.screenshot(Path(folder) / "wide.png")
+
+
+def test_what_is_shown_is_saved_as_png_npz_and_gif(tab, sweep, tmp_path):
+    z = moves(tab, lambda: press(tab, "button.draw"))
+    folders = [tmp_path / name for name in ("png", "npz", "gif")]
+    for folder in folders:
+        folder.mkdir()
+    with Image.open(tab.download(folders[0], lambda: press(tab, "button.png"))) as image:
+        assert np.array_equal(np.asarray(image)[..., 0].astype(int), seen(tab))
+    held = np.load(tab.download(folders[1], lambda: press(tab, "button.npz")))
+    assert np.allclose(held["z"], z, atol=6e-4) and held["y"] == -1
+    run = vae.load(sweep / "objective.beta=1")
+    assert np.allclose(held["images"], run.decode(held["z"]), atol=1e-6)
+    press(tab, ".slot")
+    moves(tab, lambda: press(tab, "button.draw"))
+    tab.run(f"{TAB}.querySelectorAll('.slot')[1].click()")
+    tab.until(f"{TAB}.querySelectorAll('.walked img').length === 11")
+    with Image.open(tab.download(folders[2], lambda: press(tab, "button.gif"))) as film:
+        assert film.n_frames == 20  # there and back, without stopping at the ends
 
 
 def test_the_other_tabs_are_there_and_the_page_had_no_error(tab):

@@ -252,7 +252,7 @@ def test_nothing_outside_the_logdir_is_read(logdir, tmp_path, run):
         assert "is not a run" in tab.refuses("decode", {"run": str(outside), "z": [[0, 0, 0]]})
 
 
-@pytest.mark.parametrize("damage", ["cut", "pickle", "config", "facts", "none"])
+@pytest.mark.parametrize("damage", ["cut", "pickle", "config", "facts"])
 def test_a_damaged_run_is_a_sentence(logdir, tmp_path, damage):
     shutil.copytree(logdir / "sweep" / "beta=1", tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
@@ -262,12 +262,22 @@ def test_a_damaged_run_is_a_sentence(logdir, tmp_path, damage):
         torch.save({"state_dict": os.system}, checkpoint)
     elif damage == "config":
         (tmp_path / "run" / "config.yaml").write_text("{")
-    elif damage == "facts":
-        (tmp_path / "run" / "facts.json").write_text("{}")
     else:
-        (tmp_path / "run" / "facts.json").unlink()
-    sentence = Tab(tmp_path, "run").refuses("summary")
-    assert "damaged" in sentence or (damage == "none" and "facts.json" in sentence)
+        (tmp_path / "run" / "facts.json").write_text("{}")
+    assert "damaged" in Tab(tmp_path, "run").refuses("summary")
+
+
+def test_a_run_without_facts_is_opened_with_its_data_unless_they_are_made_by_other_code(logdir, tmp_path):
+    shutil.copytree(logdir / "sweep" / "beta=1", tmp_path / "run")
+    expected = Tab(tmp_path, "run")("summary")
+    (tmp_path / "run" / "facts.json").unlink()
+    assert Tab(tmp_path, "run")("summary") == expected
+    path = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["data"]["source"] = {"_target_": "os.system", "_partial_": True, "command": f"touch {tmp_path / 'ran'}"}
+    path.write_text(yaml.safe_dump(config))
+    assert "os.system" in Tab(tmp_path, "run").refuses("summary")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_requests_are_bounded(tab):

@@ -100,6 +100,10 @@ class Array(ImageSet):
     def __post_init__(self) -> None:
         if self.x.layout != torch.strided or self.x.ndim == 0:
             raise VAEError("Images must be a dense tensor, (N, H, W), (N, C, H, W) or (N, H, W, C).")
+        if self.x.ndim not in (3, 4):
+            raise VAEError(
+                f"Images are (N, C, H, W), (N, H, W, C), or (N, H, W) where they have one channel, not {tuple(self.x.shape)}."
+            )
         channels, height, width = self.gather(torch.arange(min(1, len(self.x))))[0].shape[1:]
         self.shape = channels, height, width
         if not self.x.is_floating_point() and self.range != (0.0, 1.0):

@@ -9,8 +9,9 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vae.data.storage import cache_folder, locked, reason, require_regular
-from vae.errors import VAEError
+from vae.errors import VAEError, choose
 from vae.files import write_atomically, write_text
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+FITS = ("crop", "pad", "stretch")
+
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -48,12 +55,30 @@ class Options(NamedTuple):
     channels: int | None
 
 
+def image_options(size: Any, fit: str, channels: int | str) -> Options:
+    """Settings as options. Raises VAEError for what makes no sense."""
+    choose("data.source.fit", fit, FITS)
+    choose("data.source.channels", channels, (1, 3, "auto"))
+    both = (size, size) if size is None or isinstance(size, int) else tuple(size)
+    if size is not None and not (len(both) == 2 and all(isinstance(side, int) and side > 0 for side in both)):
+        raise VAEError(f"data.source.size={size} must be a number of pixels, [height, width], or null.")
+    return Options(None if size is None else both, fit, None if channels == "auto" else int(channels))
+
+
 class File(NamedTuple):
     """name: from the folder, with slashes; bytes and time of the last change, in nanoseconds, -1 of a link to nothing."""
 
     name: str
     bytes: int
     time: int
+
+
+class Look(NamedTuple):
+    """size: (height, width) of an image as it will stand."""
+
+    name: str
+    size: tuple[int, int]
+    channels: int
 
 
 class Decoded(NamedTuple):
@@ -186,38 +211,47 @@ def _portions(n: int, workers: int) -> Iterator[range]:
 def _settled(root: Path, files: Sequence[File], options: Options, pool: ThreadPoolExecutor) -> Options:
     """The options with the size and channels that the files have, by their headers."""
 
-    def look(rows: range) -> list[tuple[File, tuple[int, int], int]]:
+    def look(rows: range) -> list[Look]:
         seen = []
         for row in rows:
-            try:
-                require_regular(root / files[row].name)
-                with Image.open(root / files[row].name) as image:
-                    # a PNG without it would be decoded to look for it
-                    turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
-                    size = (image.width, image.height) if turned else (image.height, image.width)
-                    seen.append((files[row], size, 1 if image.mode in GREY_MODES else 3))
-            except Exception:  # reported when it is decoded
-                continue
+            with suppress(Exception):  # reported when it is decoded
+                seen.append(look_at(root / files[row].name, files[row].name))
         return seen
 
-    looks = [entry for part in pool.map(look, _portions(len(files), 8)) for entry in part]
-    channels = {number: file.name for file, _, number in reversed(looks)}
+    return settled(str(root), [entry for part in pool.map(look, _portions(len(files), 8)) for entry in part], options)
+
+
+def look_at(source: Path | IO[bytes], name: str) -> Look:
+    """What the header of an image says. Raises whatever Pillow does."""
+    if isinstance(source, Path):
+        require_regular(source)
+    with Image.open(source) as image:
+        # a PNG without it would be decoded to look for it
+        turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
+        size = (image.width, image.height) if turned else (image.height, image.width)
+        return Look(name, size, 1 if image.mode in GREY_MODES else 3)
+
+
+def settled(where: str, looks: Sequence[Look], options: Options) -> Options:
+    """The options with the size and channels that these images have. Raises VAEError where some are grey, some coloured."""
+    channels = {look.channels: look.name for look in reversed(looks)}
     if options.channels is None and len(channels) > 1:
         raise VAEError(
-            f"{root} has grey images, such as {channels[1]}, and coloured ones, such as {channels[3]}: set "
+            f"{where} has grey images, such as {channels[1]}, and coloured ones, such as {channels[3]}: set "
             "data.source.channels to 1 or 3."
         )
-    sizes = {size for _, size, _ in looks}
+    sizes = {look.size for look in looks}
     common = sizes.pop() if len(sizes) == 1 else None
     size = common if common and max(common) <= OWN_SIZE_UP_TO else (USUAL_SIZE, USUAL_SIZE)
     return Options(options.size or size, options.fit, options.channels or next(iter(channels), 1))
 
 
-def decode(path: Path, options: Options) -> np.ndarray:
+def decode(source: Path | IO[bytes], options: Options) -> np.ndarray:
     """One image as uint8 (C, H, W). Raises whatever Pillow does, VAEError and ValueError for what cannot be decoded."""
-    require_regular(path)
+    if isinstance(source, Path):
+        require_regular(source)
     assert options.size is not None and options.channels is not None
-    with Image.open(path) as image:
+    with Image.open(source) as image:
         image = upright(image, options.channels)
     height, width = options.size
     if options.fit == "stretch":

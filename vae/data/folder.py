@@ -7,20 +7,16 @@ import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vae.data.decoding import File, Options, decode_once
+from vae.data.decoding import EXTENSIONS, File, decode_once, image_options
 from vae.data.images import Images, Rows, Splits
 from vae.data.sources import Root
 from vae.data.splitting import split_rows, warn_of_duplicates
 from vae.data.storage import cache_folder, expanded, reason
 from vae.errors import VAEError, choose
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-FITS = ("crop", "pad", "stretch")
 
 
 def folder(
@@ -51,7 +47,8 @@ def folder(
     The decoded images are kept in `cache`, the user's cache folder if not given, and used again while the names, sizes
     and times of the files are the same. x uint8 (channels, *size). Raises VAEError, in a sentence that says what to do.
     """
-    options = _checked(size, fit, channels, on_error)
+    options = image_options(size, fit, channels)
+    choose("data.source.on_error", on_error, ("raise", "skip"))
     if path is None:
         raise VAEError("data.source.path must say which folder the images are in.")
     root = expanded(path)
@@ -80,16 +77,6 @@ def folder(
     return Splits(
         *(Rows(whole, place[part], None if y is None else y[part], [names[i] for i in part.tolist()]) for part in parts)
     )
-
-
-def _checked(size: Any, fit: str, channels: int | str, on_error: str) -> Options:
-    choose("data.source.fit", fit, FITS)
-    choose("data.source.channels", channels, (1, 3, "auto"))
-    choose("data.source.on_error", on_error, ("raise", "skip"))
-    both = (size, size) if size is None or isinstance(size, int) else tuple(size)
-    if size is not None and not (len(both) == 2 and all(isinstance(side, int) and side > 0 for side in both)):
-        raise VAEError(f"data.source.size={size} must be a number of pixels, [height, width], or null.")
-    return Options(None if size is None else both, fit, None if channels == "auto" else int(channels))
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from vae.errors import VAEError
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class ImageSet:
-    """A split of a data set, addressed by index. A set of one's own defines `shape`, `__len__` and `gather`."""
+    """A split of a data set, addressed by index. A set of one's own defines `shape`, `__len__` and `gather`;
+    one that is not read at random also `sequential`, `batches`, `shuffled` and `glance`."""
 
     #: (C, H, W).
     shape: tuple[int, int, int]
@@ -28,6 +30,8 @@ class ImageSet:
     names: Sequence[str] | None = None
     #: Whether images are read from disk one by one, and are therefore worth worker processes and not worth a look at all.
     streaming: bool = False
+    #: Whether images are read in the order in which they lie, so that a process takes a stretch of an epoch's order.
+    sequential: bool = False
     #: The whole grid of generative factors that the split is of, where they are known.
     grid: FactorGrid | None = None
 
@@ -42,6 +46,28 @@ class ImageSet:
     def subset(self, index: Tensor) -> ImageSet:
         """The split of these rows alone."""
         return Images(*self.gather(index))
+
+    def batches(self, indices: Sequence[Tensor], workers: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`gather` of each of these; images that are read from disk, by so many processes, ahead of their turn."""
+        if self.streaming:
+            return iter(DataLoader(_Gather(self), sampler=indices, batch_size=None, num_workers=workers))
+        return map(self.gather, indices)
+
+    def shuffled(self, generator: torch.Generator) -> Tensor:
+        """The rows in an order for one epoch of training, int64 (N,)."""
+        return torch.randperm(len(self), generator=generator)
+
+    def glance(self, n: int) -> Tensor:
+        """Up to n rows from all over the split that cost little to read, int64."""
+        return torch.linspace(0, len(self) - 1, min(n, len(self))).long()
+
+
+class _Gather(Dataset):
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.images.gather(index)
 
 
 @dataclass

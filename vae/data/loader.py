@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vae.data.images import Batch, ImageSet
 from vae.data.pairs import Partners
@@ -16,7 +15,8 @@ from vae.seeding import derive, generator
 class EpochSampler:
     """The index batches of an epoch; their order follows from (seed, epoch) alone.
 
-    guests: (indices, n): n of these, drawn afresh, join each batch; all of them, if there are fewer.
+    guests: (indices, n): n of these, drawn afresh, join each batch; all of them, if there are fewer. images: the split, if
+    it has an order of its own.
     """
 
     def __init__(
@@ -28,7 +28,9 @@ class EpochSampler:
         rank: int = 0,
         world_size: int = 1,
         guests: tuple[Tensor, int] | None = None,
+        images: ImageSet | None = None,
     ) -> None:
+        self.images = images
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.guests = guests
@@ -47,11 +49,21 @@ class EpochSampler:
         return -(-self.per_rank // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self.shuffle:
-            order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
-        else:
+        draw = generator(self.seed, "order", self.epoch)
+        if not self.shuffle:
             order = torch.arange(self.size)
-        batches = order[self.rank :: self.world_size][: self.per_rank].split(self.batch_size)
+        elif self.images is None:
+            order = torch.randperm(self.size, generator=draw)
+        else:
+            order = self.images.shuffled(draw)
+        if self.images is not None and self.images.sequential:
+            first = self.rank * (self.size // self.world_size)
+            if not self.shuffle:  # of those that remain the first processes take one more each
+                first += min(self.rank, self.size % self.world_size)
+            order = order[first : first + self.per_rank]
+        else:
+            order = order[self.rank :: self.world_size][: self.per_rank]
+        batches = order.split(self.batch_size)
         if self.guests is None:
             yield from batches
             return
@@ -64,8 +76,7 @@ class EpochSampler:
 class BatchLoader:
     """Yields `Batch`es of a split. Resumes in the middle of an epoch through `state_dict`.
 
-    A split in memory is gathered by index, with no worker and no collation; one that is `streaming`
-    goes through an ordinary `DataLoader` with `num_workers` processes. partners: makes those of a batch from its y.
+    num_workers: read ahead where a split is read from disk (`ImageSet.batches`). partners: makes those of a batch from its y.
     """
 
     def __init__(
@@ -85,18 +96,11 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def _gathered(self, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        if self.images.streaming:
-            return iter(
-                DataLoader(_Gather(self.images), sampler=indices, batch_size=None, num_workers=self.num_workers)
-            )
-        return map(self.images.gather, indices)
-
     def __iter__(self) -> Iterator[Batch]:
         skip, self._skip = self._skip, 0
         self._done = skip
         indices = list(self.sampler)[skip:]
-        for number, (x, y) in enumerate(self._gathered(indices), start=skip):
+        for number, (x, y) in enumerate(self.images.batches(indices, self.num_workers), start=skip):
             self._done = number + 1
             seed = derive(self.sampler.seed, self.stream, self.sampler.epoch, self.sampler.rank, number)
             partner = None if self.partners is None else self.partners(y, generator(seed, "partners"))
@@ -108,11 +112,3 @@ class BatchLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._skip = state["batches_done"] % len(self)  # a finished epoch is followed by a whole one
-
-
-class _Gather(torch.utils.data.Dataset):
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.images.gather(index)

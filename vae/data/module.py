@@ -29,7 +29,8 @@ class ImageDataModule(pl.LightningDataModule):
     is measured, training images too, has one seeded draw, so that every run is measured on the same pixels). seed: of the
     training order and draws. limit: keep only the first so many images of each split. labeled: train with the labels of
     so many training images, equally many per class, and -1 for the others; what is measured has them all. Raises VAEError for
-    an option that makes no sense, a batch larger than the split, and images that `accepted` refuses.
+    an option that makes no sense and images that `accepted` refuses. Warns where a batch would be larger than the training
+    split, and takes all of it.
     """
 
     def __init__(
@@ -71,9 +72,12 @@ class ImageDataModule(pl.LightningDataModule):
         if self.limit is not None:
             splits = Splits(*(_first(split, self.limit) for split in splits))
         if self.batch_size > len(splits.train):
-            raise VAEError(
-                f"data.batch_size={self.batch_size} is larger than the training split, which has {len(splits.train)} images."
+            warnings.warn(
+                f"data.batch_size={self.batch_size} is larger than the training split, which has {len(splits.train)} images: "
+                "each step takes all of them.",
+                stacklevel=2,
             )
+            self.batch_size = len(splits.train)
         if self.labeled is not None:
             self._train_labels = splits.train.y
             classes = self._count_classes()
@@ -152,7 +156,9 @@ class ImageDataModule(pl.LightningDataModule):
             )
 
     def add_labelled(self, n: int) -> None:
-        """Let n labelled images, or all if there are fewer, join every training batch."""
+        """Let n labelled images, or all if there are fewer, join every training batch. Raises VAEError for shards."""
+        if n and self.splits_ready().train.sequential:
+            raise VAEError("Shards are read in order, so that no labelled images of theirs can join every batch.")
         self.labeled_per_batch = n
 
     def add_partners(self, changed_factors: int | str) -> None:
@@ -166,8 +172,7 @@ class ImageDataModule(pl.LightningDataModule):
     def train_mean(self) -> Tensor:
         """Mean training image in [0, 1], (C, H, W), over at most 10,000 of them (500 where each is read from a file)."""
         train = self.splits_ready().train
-        images = 500 if train.streaming else 10_000
-        index = torch.linspace(0, len(train) - 1, min(images, len(train))).long()
+        index = train.glance(500 if train.streaming else 10_000)
         total = sum(self.scale(train.gather(part)[0]).double().sum(0) for part in index.split(1000))
         return (total / len(index)).float()
 
@@ -201,7 +206,7 @@ class ImageDataModule(pl.LightningDataModule):
         guests = (
             ((images.y >= 0).nonzero()[:, 0], self.labeled_per_batch) if shuffle and self.labeled_per_batch else None
         )
-        sampler = EpochSampler(len(images), batch_size, seed, shuffle, rank, world_size, guests)
+        sampler = EpochSampler(len(images), batch_size, seed, shuffle, rank, world_size, guests, images)
         partners = None if self.changed_factors is None else partners_of(images, self.changed_factors)
         return BatchLoader(images, sampler, split, self.num_workers, partners)
 

@@ -35,7 +35,7 @@ def split_rows(
     if sizes:
         if any(not isinstance(size, int) or size < 1 for size in sizes.values()) or sum(sizes.values()) >= len(train):
             wanted = " and ".join(f"{size} for {name}" for name, size in sizes.items())
-            raise VAEError(f"The data has {len(train)} images to train on, of which {wanted} cannot be held out.")
+            raise VAEError(f"The data has too few images to train on, {len(train)}, for {wanted} to be held out.")
         of_train = torch.zeros(len(train)) if y is None else y[train]
         rest, *parts = stratified(of_train, list(sizes.values()), seed)
         rows |= {"train": train[rest]} | {name: train[part] for name, part in zip(sizes, parts, strict=True)}

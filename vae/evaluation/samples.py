@@ -227,7 +227,11 @@ def training_batch(data: ImageDataModule, n: int, seed: int) -> Batch:
     if data.labeled is not None:
         _, y = data.measured("train").gather(index)  # what the model's training did not see, a measure may
     if y is None:
-        raise VAEError("The features of sample quality come from a classifier, and this data set has no labels.")
+        raise VAEError(
+            "measures=samples compares images by the features of a classifier, and this data has no labels to train one by: "
+            "give it labels, or measure what needs none, measures=[decomposition,ais,gaps]; test/elbo and test/nll_iwK are "
+            "there already."
+        )
     kept = (y if y.ndim == 1 else y[:, 0]) >= 0  # -1 stands for a label that is withheld
     return data.prepare(Batch(x[kept], y[kept], derive(seed, "classifier pixels")), training=True)
 

@@ -47,8 +47,6 @@ class Session:
     """One run's model. Raises VAEError for a run that cannot be loaded, or has more than MOST_LATENTS latents."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "facts.json").is_file():  # they would be made from the data by whatever code the config names
-            raise VAEError(f"{folder.name} has no facts.json, as runs of earlier versions: it can be read by vae.load.")
         self.run = load(folder)
         self.vae = self.run.vae
         if self.vae.latent_dim > MOST_LATENTS:
