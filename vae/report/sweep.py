@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,16 @@ class Sweep:
         known = [run for run in self.runs if run.config] or self.runs
         return tuple(dict.fromkeys(run.data for run in known))
 
-    @property
+    @cached_property
     def data_column(self) -> bool:
         """Whether a table needs a column for the data set: there are several, and no swept key already says which."""
         said = any(all(format_value(run.settings[key]) == run.data for run in self.runs) for key in self.swept)
         return len(self.data_sets) > 1 and not said
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Where each run stands in `runs`, by its id: a search through thousands of runs for each would be slow."""
+        return {id(run): i for i, run in enumerate(self.runs)}
 
     @property
     def seconds(self) -> float:
@@ -101,9 +107,16 @@ class Sweep:
 
     def values(self, key: str, runs: tuple[Run, ...] | list[Run] | None = None) -> list[Any]:
         """The distinct values of a swept key, numbers in order and before words."""
-        known = [run.settings.get(key) for run in (self.runs if runs is None else runs) if run.config]
-        found = {canonical(value): value for value in known}
+        if runs is None:
+            if key not in self._values:
+                self._values[key] = self.values(key, self.runs)
+            return self._values[key]
+        found = {canonical(value): value for value in (run.settings.get(key) for run in runs if run.config)}
         return sorted(found.values(), key=sort_key)
+
+    @cached_property
+    def _values(self) -> dict[str, list[Any]]:
+        return {}
 
     def numeric(self, key: str) -> bool:
         return all(is_number(value) for value in self.values(key))
@@ -117,13 +130,13 @@ class Sweep:
         lengths = (n for n in range(1, len(mine)) if all(other[-n:] != mine[-n:] for other in names.values()))
         return ".".join(mine[-next(lengths, len(mine)) :])
 
-    def describe(self, run: Run, with_data: bool = True) -> str:
+    def describe(self, run: Run, with_data: bool = True, with_seed: bool = True) -> str:
         """The run's settings in a line, e.g. "latent_dim 10, beta 4, seed 1"; its name where nothing was varied."""
         keys = [key for key in self.swept if with_data or format_value(run.settings[key]) != run.data]
         parts = [f"{self.label(key)} {format_value(run.settings.get(key))}" for key in keys]
-        if self.seeds:
+        if self.seeds and with_seed:
             parts.append(f"seed {format_value(run.seed)}")
-        return ", ".join(parts) or run.name
+        return ", ".join(parts) or (run.name if with_seed or not self.seeds else "every setting")
 
 
 def read_sweep(folder: str | Path) -> Sweep:
