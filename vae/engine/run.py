@@ -57,8 +57,8 @@ def train(
 ) -> dict[str, float]:
     """Train, test and record a run in `folder`; returns its metrics.
 
-    Writes config.yaml, environment.json, status.json, checkpoints, pictures, per_image-test.npz and, last, metrics.json. Whatever ends the
-    run early is written to status.json before it is raised again.
+    Writes config.yaml, environment.json, status.json, checkpoints, pictures, per_image-test.npz and, last, metrics.json.
+    Whatever ends the run early is written to status.json before it is raised again.
 
     resume: False starts anew, for which commands ask for an empty folder; "restart" starts anew whatever is there. True
     goes on from the last checkpoint, for longer if that is asked for, and leaves a run that finished as it is; settings
@@ -244,8 +244,8 @@ def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -
     """The measures that `options["measures"]` names, each with its own entry of `options` as keyword arguments.
 
     Each is kept in evaluation-SPLIT.json as soon as it is there, beside what earlier calls measured, and the likelihood of
-    each image in per_image-SPLIT.npz: an interruption, or a measure that makes no sense for the model or the data, costs none of the others. Raises VAEError that says which those
-    are, and for a measure or an option that does not exist.
+    each image in per_image-SPLIT.npz: an interruption, or a measure that makes no sense for the model or the data, costs none
+    of the others. Raises VAEError that says which those are, and for a measure or an option that does not exist.
     """
     names, known = options["measures"], ("likelihood", *MEASURES)
     names = [names] if isinstance(names, str) else names

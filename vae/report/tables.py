@@ -32,6 +32,37 @@ class Column:
     key: bool = True
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A metric of the reported split. name: in metrics.json less the split; digits: after the point; better: as in Column;
+    key: whether everyone reads it."""
+
+    name: str
+    title: str
+    unit: str
+    digits: int
+    better: str | None
+    key: bool = True
+
+
+def measured(sweep: Sweep) -> list[Measured]:
+    """The metrics of the split that any finished run has: those everyone reads first."""
+    have = list(dict.fromkeys(key for run in sweep.finished for key in run.metrics))
+    bounds = sorted(_bounds(sweep, have), key=_natural)
+    known = [
+        Measured("elbo", "ELBO", "nats", 2, "higher"),
+        Measured("rate", "rate", "nats", 2, None),
+        Measured("distortion", "distortion", "nats", 2, None),
+        *(Measured(name, name.replace("nll_iw", "NLL, K="), "nats", 2, "lower") for name in bounds),
+        Measured("bits_per_dim", "bits/dim", "bits", 3, "lower"),
+        Measured("active_units", "active", "units", 1, None),
+    ]
+    known = [metric for metric in known if f"{sweep.split}/{metric.name}" in have]
+    names = [key.removeprefix(f"{sweep.split}/") for key in have if key.startswith(f"{sweep.split}/")]
+    taken = {metric.name for metric in known}
+    return known + [Measured(name, name.replace("_", " "), "", 3, None, False) for name in names if name not in taken]
+
+
 def number_columns(sweep: Sweep) -> list[Column]:
     """The columns of the run table: those everyone reads first, then any other metric of the split (`key=False`)."""
     have = list(dict.fromkeys(key for run in sweep.finished for key in run.metrics))
@@ -39,28 +70,16 @@ def number_columns(sweep: Sweep) -> list[Column]:
     def metric(key: str) -> Callable[[Run], float]:
         return lambda run: run.metrics.get(key, math.nan) if run.finished else math.nan
 
-    known = [
-        ("elbo", "ELBO", "nats", 2, "higher"),
-        ("rate", "rate", "nats", 2, None),
-        ("distortion", "distortion", "nats", 2, None),
-        *((k, k.replace("nll_iw", "NLL, K="), "nats", 2, "lower") for k in sorted(_bounds(sweep, have), key=_natural)),
-        ("bits_per_dim", "bits/dim", "bits", 3, "lower"),
-        ("active_units", "active", "units", 1, None),
-    ]
-    columns = [
-        Column(title, unit, metric(f"{sweep.split}/{name}"), lambda v, d=digits: nats(v, d), better)
-        for name, title, unit, digits, better in known
-        if f"{sweep.split}/{name}" in have
-    ]
+    def column(m: Measured) -> Column:
+        return Column(m.title, m.unit, metric(f"{sweep.split}/{m.name}"), lambda v: nats(v, m.digits), m.better, m.key)
+
+    known = measured(sweep)
+    columns = [column(m) for m in known if m.key]
     columns.append(Column("time", "min:s", lambda run: math.nan if run.seconds is None else run.seconds, clock))
-    taken = {f"{sweep.split}/{name}" for name, *_ in known}
-    others = [
-        key for key in have if key not in taken and key.startswith((f"{sweep.split}/", "train/seconds_per_epoch"))
-    ]
-    columns += [
-        Column(key.removeprefix(f"{sweep.split}/").replace("_", " "), "", metric(key), lambda v: nats(v, 3), key=False)
-        for key in others
-    ]
+    columns += [column(m) for m in known if not m.key]
+    if "train/seconds_per_epoch" in have:
+        key = "train/seconds_per_epoch"
+        columns.append(Column(key.replace("_", " "), "", metric(key), lambda v: nats(v, 3), key=False))
     return columns
 
 
