@@ -432,12 +432,8 @@ def test_the_page_the_plots_and_the_csv_are_written_and_the_terminal_has_the_tab
     with (out / "differences.csv").open() as file:
         rows = list(csv.DictReader(file))
     first = next(row for row in rows if row["metric"] == "elbo")
-    assert (first["objective.beta"], first["n_seeds"], float(first["difference"]), float(first["images_low"])) == (
-        "1.0",
-        "2",
-        1,
-        1,
-    )
+    assert (first["objective.beta"], first["n_seeds"]) == ("1.0", "2")
+    assert float(first["difference"]) == float(first["images_low"]) == 1
     assert {row["metric"] for row in rows} == {"elbo", "rate", "distortion", "nll_iw50"}
 
 

@@ -16,7 +16,7 @@ from vae.report.per_image import read_per_image
 from vae.report.runs import Run
 from vae.report.seeds import mean
 from vae.report.sweep import leaf
-from vae.report.tables import Measured, count, csv_cell, measured
+from vae.report.tables import Measured, count, csv_cell, csv_word, measured
 
 ABSENT, NOT_KEPT, OTHER_IMAGES, OTHER_NUMBERS = "absent", "not kept", "other images", "other numbers"
 _IMAGES = ("data.limit", "data.split_seed", "data.binarize", "data.source")
@@ -245,7 +245,7 @@ def differences_csv(comparison: Comparison) -> str:
     writer = csv.writer(out, lineterminator="\n")
     ends = ["seeds_low", "seeds_high", "n_images", "images_low", "images_high"]
     header = ["against", "data", *sides.pool.swept, "metric", "n_seeds", "first", "second", "difference", *ends]
-    writer.writerow(map(csv_cell, header))
+    writer.writerow(map(csv_word, header))
     for block in comparison.blocks:
         for row, found in block.rows:
             settings = [row.settings[key] for key in sides.pool.swept]
@@ -253,8 +253,8 @@ def differences_csv(comparison: Comparison) -> str:
                 seeds = [d.over_seeds.low, d.over_seeds.high] if d.over_seeds else [None, None]
                 images = [d.over_images.n, d.over_images.low, d.over_images.high] if d.over_images else [None] * 3
                 numbers = [d.seeds, d.first, d.second, d.value, *seeds, *images]
-                words = [sides.name(block.other), row.data, *settings, name]
-                writer.writerow(map(csv_cell, [*words, *numbers]))
+                words = [csv_word(sides.name(block.other)), csv_word(row.data)]
+                writer.writerow([*words, *map(csv_cell, settings), csv_word(name), *map(csv_cell, numbers)])
     return out.getvalue()
 
 

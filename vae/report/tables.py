@@ -132,12 +132,12 @@ def csv_text(sweep: Sweep) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     header = ["run", "state", "reason", "data", *sweep.swept, "seed", "seconds", "epochs", *metrics]
-    writer.writerow([_word(name) for name in header])
+    writer.writerow([csv_word(name) for name in header])
     for run in sweep.runs:
         words = [run.name, run.state, run.reason or "", run.data]
         settings = [run.settings.get(key) for key in sweep.swept]
         numbers = [run.seed, run.seconds, run.epochs, *(run.metrics.get(key) for key in metrics)]
-        writer.writerow([*map(_word, words), *map(csv_cell, settings), *map(csv_cell, numbers)])
+        writer.writerow([*map(csv_word, words), *map(csv_cell, settings), *map(csv_cell, numbers)])
     return out.getvalue()
 
 
@@ -146,13 +146,15 @@ def means_csv(sweep: Sweep) -> str:
     names = list(dict.fromkeys(key for run in sweep.finished for key in run.metrics))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(_word, ["data", *sweep.swept, "n", *(f"{name}{end}" for name in names for end in ("", " sd"))]))
+    writer.writerow(
+        map(csv_word, ["data", *sweep.swept, "n", *(f"{name}{end}" for name in names for end in ("", " sd"))])
+    )
     for runs in replicates(sweep):
         settings = [runs[0].settings.get(key) for key in sweep.swept]
         values = [[run.metrics.get(name, math.nan) for run in runs] for name in names]
         numbers = [number for of in values for number in (mean(of), spread(of))]
         cells = [None if math.isnan(number) else number for number in numbers]
-        writer.writerow(map(csv_cell, [runs[0].data, *settings, len(runs), *cells]))
+        writer.writerow([csv_word(runs[0].data), *map(csv_cell, [*settings, len(runs), *cells])])
     return out.getvalue()
 
 
@@ -162,10 +164,11 @@ def csv_cell(value: object) -> str:
         return ""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return repr(value)
-    return _word(format_value(value))
+    return csv_word(format_value(value))
 
 
-def _word(text: str) -> str:
+def csv_word(text: str) -> str:
+    """Words that a spreadsheet would run as a formula are preceded by an apostrophe."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
