@@ -1,8 +1,9 @@
 """`python benchmarks/many_runs.py`: what a report on many runs costs, and what a run's folder holds.
 
-One run is trained as `data=digits` and its folder copied so often that it makes a sweep over latent size, beta and seed,
-with the settings and numbers of each copy its own. Then, each in a process of its own: `vae.report` on the sweep,
-`vae.runs`, and the sweep beside another like it. Seconds, the process's largest memory, and bytes of what was written.
+One run is trained as `data=digits` and its folder copied so often that it makes a sweep over latent size, beta and seed:
+each copy with settings and numbers of its own, the run's pictures, and per-image numbers of 10,000 images, as MNIST has.
+Then, each in a process of its own: `vae.report` on the sweep, `vae.runs`, and the sweep beside another like it. Seconds,
+seconds of CPU time, the process's largest memory, and bytes of what was written.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from vae.engine.folder import environment
 from vae.files import write_json
+from vae.report.per_image import read_per_image
 
+IMAGES = 10_000
 LATENTS, SEEDS = (2, 3, 4, 6, 8, 10, 16, 24, 32, 50), range(5)
 TASKS = {
     "report": "from vae.report.__main__ import main; main([A])",
@@ -39,39 +43,42 @@ def train_one(folder: Path, *overrides: str) -> None:
 
 
 def copies(run: Path, sweep: Path, runs: int, shift: float = 0.0) -> None:
-    """`runs` copies of a run's folder, less what no report reads, with settings and metrics of their own."""
+    """`runs` copies of a run's folder, less what no report reads, with settings and numbers of their own."""
     betas = -(-runs // (len(LATENTS) * len(SEEDS)))
     grid = itertools.product(LATENTS, [round(0.1 * 1.2**i, 4) for i in range(betas)], SEEDS)
     config = yaml.safe_load((run / "config.yaml").read_text())
     metrics = json.loads((run / "metrics.json").read_text())
+    arrays = {name: np.resize(values, IMAGES) for name, values in read_per_image(run, "test").items() if values.ndim}
+    own = ("config.yaml", "overrides.yaml", "metrics.json", "per_image-*", "checkpoints", "events.*", "[0-9]*", ".lock")
     for latent_dim, beta, seed in itertools.islice(grid, runs):
         overrides = [f"model.latent_dim={latent_dim}", f"objective.beta={beta}", f"seed={seed}"]
         folder = sweep / ",".join(overrides)
         noise = random.Random(str((latent_dim, beta, seed)))
-        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "events.*", "[0-9]*"))
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns(*own), copy_function=os.link)
         config["model"]["latent_dim"], config["objective"]["beta"], config["seed"] = latent_dim, beta, seed
-        (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        (folder / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+        (folder / "config.yaml").write_text(yaml.dump(config, Dumper=yaml.CSafeDumper))
+        (folder / "overrides.yaml").write_text(json.dumps(overrides))
         rate = latent_dim**0.5 * 6 / (1 + beta) + noise.gauss(0, 0.1)
         distortion = 20 + 10 * beta / (1 + beta) + noise.gauss(0, 0.1) - shift
         named = {"rate": rate, "distortion": distortion, "elbo": -rate - distortion}
-        there = {key: value + noise.gauss(0, 0.01) for key, value in metrics.items()}
-        write_json(folder / "metrics.json", there | {f"test/{name}": value for name, value in named.items()})
+        made = {key: value + noise.gauss(0, 0.01) for key, value in metrics.items()}
+        made |= {f"test/{name}": value for name, value in named.items()}
+        (folder / "metrics.json").write_text(json.dumps(made))
+        kept = {
+            name: (values - values.mean() + made[f"test/{name}"]).astype(np.float32) for name, values in arrays.items()
+        }
+        np.savez(folder / "per_image-test.npz", images=np.array("images"), weights=np.array("weights"), **kept)
 
 
 def cost(code: str, *folders: Path) -> dict[str, float]:
-    """Seconds and MiB of a process that runs this code, with the folders in A and B."""
+    """Seconds, CPU seconds and MiB of a process that runs this code, with the folders in A and B."""
     head = "".join(f"{letter} = {str(folder)!r}; " for letter, folder in zip("AB", folders, strict=False))
-    before = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", head + code], stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{code} failed")
-    return {
-        "seconds": time.perf_counter() - before,
-        "cpu_seconds": used.ru_utime + used.ru_stime,
-        "MiB": used.ru_maxrss / (1024 if sys.platform == "linux" else 2**20),
-    }
+    peak = "; print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
+    before, spent = time.perf_counter(), os.times()
+    done = subprocess.run([sys.executable, "-c", head + code + peak], check=True, stdout=subprocess.PIPE, text=True)
+    seconds, after = time.perf_counter() - before, os.times()
+    used = after.children_user + after.children_system - spent.children_user - spent.children_system
+    return {"seconds": seconds, "cpu_seconds": used, "MiB": int(done.stdout.split()[-1]) / 1024}
 
 
 def size(path: Path) -> dict[str, int]:
