@@ -335,7 +335,9 @@ def test_a_report_on_one_seed_has_no_means_and_removes_those_of_an_earlier_one(u
 
 def test_a_point_that_is_a_mean_tells_mean_spread_and_number(tmp_path):
     make_seeds(tmp_path, {1: [-100, -102], 4: [-90, -94]})
-    (plane,), *_ = draw(read_sweep(tmp_path))
+    (plane,), (against, _) = draw(read_sweep(tmp_path))
+    assert plane.title == "Rate and distortion, means of 2 seeds; points are labelled by beta"
+    assert against.title == "ELBO against beta, means of 2 seeds"
     titles = re.findall(r"<title>(.*?)</title>", plane.svg, re.DOTALL)
     assert titles == [
         "beta 1, mean of 2 seeds\nelbo −101.00 ± 1.41, rate 20.00 ± 0.00, distortion 81.00 ± 1.41",

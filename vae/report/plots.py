@@ -109,6 +109,7 @@ def _rate_distortion(sweep: Sweep, data: str) -> Plot:
     if hue is not None and len(curves) > 12:
         draw_legend(ax, sweep, palette)
     title = f"Rate and distortion, {data}" if len(sweep.data_sets) > 1 else "Rate and distortion"
+    title += _of_seeds(sweep, [group for curve in curves for _, group in curve.points])
     title += f"; points are labelled by {sweep.label(along)}" if along else ""
     return as_plot(fig, sweep, f"rate_distortion{_suffix(sweep, data)}", title)
 
@@ -157,6 +158,7 @@ def _against(sweep: Sweep, data: str, key: str, metric: str) -> Plot:
         label_ends(ax, ends)
     what = "Active units" if metric == "active_units" else "ELBO"
     title = f"{what} against {sweep.label(key)}" + (f", {data}" if len(sweep.data_sets) > 1 else "")
+    title += _of_seeds(sweep, [group for curve in curves for _, group in curve.points])
     return as_plot(fig, sweep, f"{metric}_against_{key}{_suffix(sweep, data)}", title)
 
 
@@ -190,6 +192,14 @@ def _mean(sweep: Sweep, runs: list[Run], metric: str) -> float:
 
 def _split(sweep: Sweep) -> str:
     return "validation" if sweep.split == "val" else sweep.split
+
+
+def _of_seeds(sweep: Sweep, groups: list[list[Run]]) -> str:
+    """How many seeds the points are means of."""
+    fewest, most = min(map(len, groups)), max(map(len, groups))
+    if not sweep.seeds or most == 1:
+        return ""
+    return f", means of {most} seeds" if fewest == most else f", means of {fewest} to {most} seeds"
 
 
 def _curve_name(sweep: Sweep, curve: Curve) -> str:
