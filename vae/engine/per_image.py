@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,11 @@ def write_per_image(folder: Path, split: str, found: PerImage, model: nn.Module,
     again: the images were measured before. What the file has of the same images and the same weights is left as it is, so
     that it stays what metrics.json is the mean of, and what it lacks is added.
     """
-    content = {**found.arrays(), "images": np.array(found.digest()), "weights": np.array(digest_of(model))}
+    content: dict[str, Any] = {
+        **found.arrays(),
+        "images": np.array(found.digest()),
+        "weights": np.array(digest_of(model)),
+    }
     there = read_per_image(folder, split) if again else {}
     if there and all(there[name] == content[name] for name in ("images", "weights")):
         content |= there

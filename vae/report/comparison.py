@@ -92,9 +92,9 @@ def _block(sides: Sides, other: int, rows: list[Row], metrics: list[Measured], l
                     lost[other, problem] += 1
             kept = [one for one in each if not isinstance(one, str)]
             whole = len(kept) == len(each) and len({str(a["images"]) for a, _ in arrays}) == 1
-            found[metric.name] = _difference(values, over_images(sum(kept) / len(kept)) if whole else None)
+            found[metric.name] = _difference(values, over_images(np.mean(kept, axis=0)) if whole else None)
             if whole and chosen:
-                images[metric.name].add(sum(kept[i] for i in chosen) / len(chosen), str(arrays[0][0]["images"]))
+                images[metric.name].add(np.mean([kept[i] for i in chosen], axis=0), str(arrays[0][0]["images"]))
         block.rows.append((row, found))
     if len(rows) > 1 and everywhere:
         for metric in metrics:

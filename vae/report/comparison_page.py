@@ -7,8 +7,9 @@ import hashlib
 import math
 import re
 import warnings
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from vae.errors import VAEError
 from vae.files import write_atomically, write_text
@@ -38,9 +39,9 @@ def write_comparison(comparison: Comparison, out: str | Path | None = None) -> P
     folder = folder if out is None else Path(out)
     plots = draw(comparison)
     try:
-        drawn = {folder / "plots" / f"{plot.name}.png": plot.png for group in plots for plot in group}
-        for path, png in drawn.items():
-            write_atomically(path, lambda file, png=png: file.write(png))
+        drawn = {folder / "plots" / f"{plot.name}.png": plot for group in plots for plot in group}
+        for path, plot in drawn.items():
+            write_atomically(path, partial(_write_png, plot))
         for stale in set((folder / "plots").glob("*.png")) - set(drawn):
             stale.unlink()
         write_text(folder / "differences.csv", differences_csv(comparison))
@@ -48,6 +49,10 @@ def write_comparison(comparison: Comparison, out: str | Path | None = None) -> P
     except OSError as error:
         raise VAEError(f"The report cannot be written to {str(folder)!r}: {error.strerror or error}.") from error
     return folder / "index.html"
+
+
+def _write_png(plot: Plot, file: IO[bytes]) -> None:
+    file.write(plot.png)
 
 
 def render(comparison: Comparison, plots: list[list[Plot]]) -> str:

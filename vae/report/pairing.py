@@ -97,8 +97,7 @@ def _paired(sweeps: tuple[Sweep, ...]) -> Sides:
             if not run.config and keys:  # nothing says which setting it was
                 continue
             key = (run.data, *map(canonical, run.settings.values()))
-            empty = tuple({} for _ in sweeps), tuple({} for _ in sweeps)
-            row = rows.setdefault(key, Row(run.data, run.settings, *empty))
+            row = rows.setdefault(key, Row(run.data, run.settings, _empty(sweeps), _empty(sweeps)))
             place, seed = (row.runs if run.finished else row.unfinished)[side], canonical(run.seed)
             if seed in place:
                 repeats[side] += 1
@@ -106,6 +105,10 @@ def _paired(sweeps: tuple[Sweep, ...]) -> Sides:
     ordered = sorted(rows.values(), key=lambda row: (row.data, [sort_key(v) for v in row.settings.values()]))
     pool = Sweep(sweeps[0].folder, tuple(every), tuple(keys), seeds=any(s.seeds for s in sweeps), split=sweeps[0].split)
     return Sides(sweeps, pool, tuple(ordered), tuple(repeats))
+
+
+def _empty(sweeps: tuple[Sweep, ...]) -> tuple[dict[str, Run], ...]:
+    return tuple({} for _ in sweeps)
 
 
 def _values(runs: list[Run], key: str, keys: list[str]) -> list[Any]:
