@@ -97,19 +97,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--mnist", action="store_true", help="also what is in the folder of a run on MNIST")
+    parser.add_argument("--place", type=Path, help="where the folders are made and kept, or are from before")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "many_runs.json")
     options = parser.parse_args()
     results: dict[str, Any] = {"environment": {**environment(), "load": os.getloadavg()[0], "runs": options.runs}}
-    with tempfile.TemporaryDirectory() as place:
-        run, first, second = (Path(place) / name for name in ("run", "first", "second"))
-        train_one(run, "trainer.max_epochs=50", "evaluation.nll_samples=50")
+    with tempfile.TemporaryDirectory() as temporary:
+        place = options.place or Path(temporary)
+        run, mnist, first, second = (place / name for name in ("run", "mnist", "first", "second"))
+        if not run.exists():
+            train_one(run, "trainer.max_epochs=50", "evaluation.nll_samples=50")
         results["folders"] = {"digits, 50 epochs": parts(run)}
         if options.mnist:
-            mnist = Path(place) / "mnist"
-            train_one(mnist, "data=mnist", "trainer.max_epochs=1", "evaluation.nll_samples=5")
+            if not mnist.exists():
+                train_one(mnist, "data=mnist", "trainer.max_epochs=1", "evaluation.nll_samples=5")
             results["folders"]["mnist, 1 epoch"] = parts(mnist)
-        copies(run, first, options.runs)
-        copies(run, second, options.runs, shift=0.5)
+        for sweep, shift in ((first, 0.0), (second, 0.5)):
+            if not sweep.exists():
+                copies(run, sweep, options.runs, shift)
         results["cost"] = {
             "report": cost(TASKS["report"], first),
             "frame": cost(TASKS["frame"], first),

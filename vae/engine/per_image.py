@@ -27,7 +27,7 @@ class PerImage:
         if not self.images:
             self._digest.update(repr(tuple(x.shape[1:])).encode())
         self.images += len(x)
-        pixels = (x.detach().double().cpu() * 65535).round().to(torch.int32).numpy()
+        pixels = (x.detach().cpu().double() * 65535).round().to(torch.int32).numpy()
         self._digest.update(pixels.astype("<u2").tobytes())
 
     def add(self, values: dict[str, Tensor]) -> None:

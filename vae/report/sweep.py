@@ -284,11 +284,14 @@ def data_labels(runs: list[Run]) -> list[str]:
         else {}
         for run in runs
     ]
+    differing = {}  # once for each name: run by run it would be quadratic in the runs
+    for name in dict.fromkeys(names):
+        same = [mine for other, mine in zip(names, traits, strict=True) if other == name and mine]
+        keys = same[0] if same else {}
+        differing[name] = [key for key in keys if len({canonical(mine.get(key)) for mine in same}) > 1]
     labels = []
     for name, mine in zip(names, traits, strict=True):
-        same = [other for other_name, other in zip(names, traits, strict=True) if other_name == name and other]
-        differing = [k for k in mine if len({canonical(other.get(k)) for other in same}) > 1]
-        details = [f"{leaf(key)} {format_value(mine[key])}" for key in differing]
+        details = [f"{leaf(key)} {format_value(mine[key])}" for key in differing[name] if key in mine]
         labels.append(", ".join([name, *details]))
     return labels
 
