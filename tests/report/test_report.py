@@ -22,7 +22,7 @@ from rich.console import Console
 from vae.errors import VAEError
 from vae.report import print_table, read_sweep, write_report
 from vae.report.__main__ import main
-from vae.report.pictures import galleries
+from vae.report.pictures import chosen, galleries
 from vae.report.plots import curves_along, draw
 from vae.report.tables import nats
 from vae.report.values import format_value, is_number
@@ -283,6 +283,69 @@ def test_seeds_are_averaged_and_their_spread_is_told(undrawn, tmp_path):
     assert hue is None and [[run.seed for run in group] for _, group in curve.points] == [[0, 1, 2]] * 2
 
 
+def make_seeds(folder: Path, elbos: dict[int, list[float]]) -> None:
+    """{beta: an ELBO for each seed}."""
+    for beta, values in elbos.items():
+        for seed, elbo in enumerate(values):
+            make_run(folder / f"{beta}-{seed}", distortion=-elbo - 20, **{"objective.beta": beta, "seed": seed})
+
+
+def printed(sweep: Path) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_table(read_sweep(sweep), console)
+    return console.export_text()
+
+
+def test_where_seeds_are_swept_the_best_is_a_setting_by_its_mean_with_spread_and_n(undrawn, tmp_path):
+    make_seeds(tmp_path, {1: [-100, -101, -105], 4: [-90, -110, -124]})  # the best run is not of the best setting
+    write_report(tmp_path)
+    text = re.sub(r"\s+", " ", page_of(tmp_path).text)
+    assert "The best test ELBO is −102.00 ± 2.65 nats per image, the mean of 3 seeds, with beta 1" in text
+    assert [row[1:3] for row in page_of(tmp_path).tables[0] if "★" in row[0]] == [["1", "3"]]
+    assert "Seeds differ" not in text
+    with (tmp_path / "report" / "means.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["objective.beta"], row["n"], float(row["test/elbo"])) for row in rows] == [
+        ("1", "3", -102),
+        ("4", "3", -108),
+    ]
+    assert float(rows[0]["test/elbo sd"]) == pytest.approx(7**0.5) and rows[0]["test/rate sd"] == "0.0"
+    terminal = printed(tmp_path)
+    assert re.search(r"beta +n +ELBO", terminal) and re.search(r" 1 +3 +−102\.00 ± 2\.65 +20\.00 ± 0\.00", terminal)
+    assert "means over seeds ± one standard deviation" in terminal
+
+
+def test_a_report_says_which_settings_have_fewer_seeds_and_a_single_one_has_no_spread(undrawn, tmp_path):
+    make_seeds(tmp_path, {1: [-100, -102], 2: [-99, -100], 4: [-120]})
+    make_run(tmp_path / "8-0", state="failed", reason="no", **{"objective.beta": 8, "seed": 0})
+    write_report(tmp_path)
+    sentence = "Seeds differ in number: 2 of 4 settings have 2 finished, beta 4 has 1; beta 8 has none."
+    assert sentence in re.sub(r"\s+", " ", page_of(tmp_path).text) and sentence in printed(tmp_path)
+    assert [cell.strip() for cell in page_of(tmp_path).tables[0][3][1:4]] == ["4", "1", "−120.00"]
+    with (tmp_path / "report" / "means.csv").open(newline="") as file:
+        assert [row["test/elbo sd"] for row in csv.DictReader(file)] == [repr(2**0.5), repr(0.5**0.5), ""]
+
+
+def test_a_report_on_one_seed_has_no_means_and_removes_those_of_an_earlier_one(undrawn, tmp_path):
+    make_seeds(tmp_path, {1: [-100], 4: [-90]})
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "means.csv").write_text("of before")
+    write_report(tmp_path)
+    assert not (tmp_path / "report" / "means.csv").exists()
+
+
+def test_a_point_that_is_a_mean_tells_mean_spread_and_number(tmp_path):
+    make_seeds(tmp_path, {1: [-100, -102], 4: [-90, -94]})
+    (plane,), (against, _) = draw(read_sweep(tmp_path))
+    assert plane.title == "Rate and distortion, means of 2 seeds; points are labelled by beta"
+    assert against.title == "ELBO against beta, means of 2 seeds"
+    titles = re.findall(r"<title>(.*?)</title>", plane.svg, re.DOTALL)
+    assert titles == [
+        "beta 1, mean of 2 seeds\nelbo −101.00 ± 1.41, rate 20.00 ± 0.00, distortion 81.00 ± 1.41",
+        "beta 4, mean of 2 seeds\nelbo −92.00 ± 2.83, rate 20.00 ± 0.00, distortion 72.00 ± 2.83",
+    ]
+
+
 def test_data_sets_are_never_drawn_together_and_each_has_its_best(tmp_path):
     for name, offset in {"mnist": 0, "fashion_mnist": 140}.items():
         for beta in (1, 4):
@@ -481,6 +544,13 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path):
     assert "\\x1b[31m[bold]x" in text
 
 
+def test_what_is_measured_given_labels_has_a_label_of_its_own(tmp_path):
+    for name, facts in {"a": {}, "b": {"num_classes": 10}, "c": {"num_classes": 10, "latent_label": True}}.items():
+        (make_run(tmp_path / name) / "facts.json").write_text(json.dumps({"data": "digits"} | facts))
+    given = {run.name: run.data for run in read_sweep(tmp_path).runs}
+    assert given == {"a": "digits, given no labels", "b": "digits, given labels", "c": "digits, given no labels"}
+
+
 # ---- form ----
 
 
@@ -505,6 +575,22 @@ def test_pictures_of_a_page_with_sixteen_runs_stay_within_eight_megabytes(tmp_pa
     shown = galleries(read_sweep(tmp_path / "sweep"))
     sizes = [len(p.uri) for g in shown for shelf in g.shelves for _, row in shelf.rows for p in row]
     assert len(sizes) == 48 and sum(sizes) < 6_500_000
+
+
+def test_of_too_many_pictures_a_choice_is_shown_with_the_best_among_them_and_the_page_says_so(
+    undrawn, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("vae.report.pictures.TOTAL_BYTES", 120_000)  # ten at 12,000 each, two of a run: five runs
+    for beta, seed in itertools.product(range(1, 13), (0, 1)):
+        elbo = -50.0 if (beta, seed) == (4, 1) else -100 - beta
+        values = {"objective.beta": beta, "seed": seed}
+        make_run(tmp_path / f"{beta}-{seed}", distortion=-elbo - 20, picture=True, **values)
+    sweep = read_sweep(tmp_path)
+    assert [run.name for run in chosen(sweep)] == ["1-0", "4-0", "5-0", "9-0", "12-0"]  # beta 4 has the best mean
+    write_report(sweep)
+    assert "Of 24 runs with pictures 5 are shown" in re.sub(r"\s+", " ", page_of(tmp_path).text)
+    monkeypatch.setattr("vae.report.pictures.TOTAL_BYTES", 48 * 12_000)
+    assert len(chosen(sweep)) == 24
 
 
 def test_pictures_stand_in_a_table_of_beta_across_and_the_rest_down_each_row_of_one_seed(tmp_path):

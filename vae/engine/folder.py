@@ -229,7 +229,7 @@ def discard(folder: Path) -> None:
     for old in ("metrics.json", "checkpoints", "pictures"):
         path = folder / old
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for pattern in ("events.out.tfevents.*", "hpc_ckpt_*.ckpt"):
+    for pattern in ("events.out.tfevents.*", "hpc_ckpt_*.ckpt", "per_image-*.npz"):
         for path in folder.glob(pattern):
             path.unlink()
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from vae.data.images import Batch
 from vae.data.loader import BatchLoader
 from vae.engine.callbacks.records import take_back
+from vae.engine.per_image import PerImage
 from vae.errors import VAEError, whole
 from vae.evaluation.likelihood import MOST_SAMPLES, ELBOTotals, bits_per_dim, nll, parts_of
 from vae.evaluation.work import Work, no_tick
-from vae.model import VAE
+from vae.model import VAE, VAEOutput
 from vae.objectives.elbo import Objective, SinglePass
 from vae.precision import wide
 from vae.seeding import generator
@@ -47,6 +48,7 @@ class VAEModule(pl.LightningModule):
         self.make_optimizer, self.make_lr_schedule = optimizer, lr_schedule
         self.nll_samples = whole("nll_samples", nll_samples, least=0, most=MOST_SAMPLES)
         self.progress_bar = False  # of the test's bound, which may be long
+        self.per_image = PerImage()  # of the last test
         self.logged = False  # anything, by this module or a callback, since the loop last looked
         self.steps = 0  # batches trained on; unlike Lightning's counter, one per batch whatever the optimisers do
         self._apart: int | None = None  # epochs from one validation to the next, while a resumed run finds its place
@@ -176,7 +178,7 @@ class VAEModule(pl.LightningModule):
         self.refuse_divergence()  # before any checkpoint of these weights is written
         self._totals, self._terms, self._whole = ELBOTotals(), Means(), 0
 
-    def _measure(self, batch: Batch) -> None:
+    def _measure(self, batch: Batch) -> VAEOutput:
         out = self._totals.update(self.vae, batch)
         if isinstance(self.objective, SinglePass):
             terms = self.objective.of_pass(out, self.steps)
@@ -186,6 +188,7 @@ class VAEModule(pl.LightningModule):
         if self._reported(batch, self._whole):
             self._terms.add(terms, weight=len(batch.x))
             self._whole = len(batch.x)
+        return out
 
     def _measured(self) -> dict[str, Tensor]:
         """The objective's own terms, and over them what is measured alike for every objective."""
@@ -212,18 +215,22 @@ class VAEModule(pl.LightningModule):
 
     def on_test_epoch_start(self) -> None:
         self._totals, self._terms, self._whole = ELBOTotals(), Means(), 0
-        self._log_likelihood = Means()
+        self._log_likelihood, self.per_image = Means(), PerImage()
         self._work = Work(f"nll_iw{self.nll_samples}", self.progress_bar, longest=math.inf)
         self._work.expect(self.nll_steps(self.trainer.test_dataloaders))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._measure(batch)
+        out, given = self._measure(batch), "_given_label" if self.vae.latent_label else ""
+        self.per_image.see(batch.x)
+        self.per_image.add({f"elbo{given}": -(wide(out.distortion) + wide(out.rate)), f"rate{given}": out.rate})
         if self.nll_samples:
             self._log_likelihood.add(self.mean_nll(batch, self._work), weight=len(batch.x))
 
     def mean_nll(self, batch: Batch, tick: Callable[[], None] = no_tick) -> dict[str, Tensor]:
-        """Means over a prepared batch of what `nll` gives, in nats, as precise as the device allows, 0-dim."""
+        """Means over a prepared batch of what `nll` gives, in nats, as precise as the device allows, 0-dim; what it gives
+        joins `per_image`."""
         values = nll(self.vae, batch, self.nll_samples, tick)
+        self.per_image.add(values)
         return {name: wide(value).mean() for name, value in values.items()}
 
     def nll_steps(self, loader: BatchLoader) -> int:

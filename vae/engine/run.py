@@ -39,6 +39,7 @@ from vae.engine.folder import (
     refuse_other_training,
 )
 from vae.engine.module import Means, VAEModule
+from vae.engine.per_image import write_per_image
 from vae.engine.trainer import ACCELERATORS, build_trainer, set_threads, trainer_options, warn_of_unreached_weight
 from vae.errors import VAEError, choose, whole
 from vae.evaluation.likelihood import MOST_SAMPLES
@@ -57,8 +58,8 @@ def train(
 ) -> dict[str, float]:
     """Train, test and record a run in `folder`; returns its metrics.
 
-    Writes config.yaml, environment.json, status.json, checkpoints, pictures and, last, metrics.json. Whatever ends the
-    run early is written to status.json before it is raised again.
+    Writes config.yaml, environment.json, status.json, checkpoints, pictures, per_image-test.npz and, last, metrics.json.
+    Whatever ends the run early is written to status.json before it is raised again.
 
     resume: False starts anew, for which commands ask for an empty folder; "restart" starts anew whatever is there. True
     goes on from the last checkpoint, for longer if that is asked for, and leaves a run that finished as it is; settings
@@ -184,6 +185,7 @@ def _fit_and_test(
     with interruptions(trainer):
         trainer.test(module, data, verbose=False)
     metrics.update(_floats(trainer.callback_metrics, "test/"))
+    write_per_image(folder, "test", module.per_image, module.vae)
     write_json(folder / "metrics.json", metrics)
     return metrics, epochs
 
@@ -263,9 +265,9 @@ def _likelihood(
 def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -> dict[str, float]:
     """The measures that `options["measures"]` names, each with its own entry of `options` as keyword arguments.
 
-    Each is kept in evaluation-SPLIT.json as soon as it is there, beside what earlier calls measured: an interruption, or a
-    measure that makes no sense for the model or the data, costs none of the others. Raises VAEError that says which those
-    are, and for a measure or an option that does not exist.
+    Each is kept in evaluation-SPLIT.json as soon as it is there, beside what earlier calls measured, and the likelihood of
+    each image in per_image-SPLIT.npz: an interruption, or a measure that makes no sense for the model or the data, costs none
+    of the others. Raises VAEError that says which those are, and for a measure or an option that does not exist.
     """
     names, known = options["measures"], ("likelihood", *MEASURES)
     names = [names] if isinstance(names, str) else names
@@ -286,6 +288,8 @@ def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -
             for part in _measured(name, *run, split, options):
                 results |= part
                 write_json(path, {**read_json(path), **part})
+                if name == "likelihood":
+                    write_per_image(folder, split, run[2].per_image, run[2].vae, again=True)
         except VAEError as error:
             refused.append(str(error))
         except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes the second of the first

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from vae.report.runs import Run
+from vae.report.seeds import mean, replicates, spread
 from vae.report.sweep import Sweep
 from vae.report.tables import nats
 from vae.report.values import canonical, format_value, is_number, printable
@@ -104,9 +107,15 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return fig, ax
 
 
-def draw_dot(ax: Axes, sweep: Sweep, x: float, y: float, runs: list[Run], colour: str, marker: str) -> None:
-    dot = ax.scatter([x], [y], s=34, color=colour, marker=marker, edgecolors=PAPER, linewidths=0.8, zorder=4)
-    dot.set_urls([f"#run-{sweep.runs.index(runs[0])}"])
+def draw_dots(
+    ax: Axes, sweep: Sweep, xy: list[tuple[float, float]], groups: list[list[Run]], look: tuple[str, str]
+) -> None:
+    """Points in one colour and marker, each a link to the row of the first of its runs."""
+    colour, marker = look
+    dots = ax.scatter(
+        *zip(*xy, strict=True), s=34, color=colour, marker=marker, edgecolors=PAPER, linewidths=0.8, zorder=4
+    )
+    dots.set_urls([f"#run-{sweep.places[id(runs[0])]}" for runs in groups])
 
 
 def draw_iso_elbo(ax: Axes) -> None:
@@ -213,13 +222,14 @@ def place_labels(ax: Axes, labels: list[tuple], points: list[tuple], lines: list
     _settle(ax.figure)
     pixels = ax.transData.transform
     inside = ax.get_window_extent()
-    dots = [tuple(pixels(point)) for point in points]
-    thread = []
+    dots = np.array([pixels(point) for point in points]).reshape(-1, 2)
+    thread: list[Any] = []
     for line in lines:
         corners = [pixels(point) for point in line]
         for a, b in itertools.pairwise(corners):
             steps = max(2, int(math.dist(a, b) // 8))
-            thread += [tuple(a + (b - a) * i / steps) for i in range(steps + 1)]
+            thread += [a + (b - a) * i / steps for i in range(steps + 1)]
+    along = np.array(thread).reshape(-1, 2)
     placed: list[tuple[float, float, float, float]] = []
     directions = [(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (0, 1), (0, -1), (-1, 0)]
     for x, y, text, colour, size, must in labels:
@@ -232,11 +242,7 @@ def place_labels(ax: Axes, labels: list[tuple], points: list[tuple], lines: list
             low = py + dy * gap - (0 if dy > 0 else h if dy < 0 else h / 2)
             box = (left, low, left + w, low + h)
             covered = sum(_overlap(box, other) for other in placed)
-            cost = (
-                100 * covered
-                + 12 * sum(_contains(box, dot, 4) for dot in dots)
-                + 2 * sum(_contains(box, t, 2) for t in thread)
-            )
+            cost = 100 * covered + 12 * _contained(box, dots, 4) + 2 * _contained(box, along, 2)
             cost += 60 * (left < inside.x0 or left + w > inside.x1 + 30 or low < inside.y0 or low + h > inside.y1)
             choices.append((cost + 0.4 * order, covered, box))
         _, covered, box = min(choices)
@@ -251,8 +257,10 @@ def _overlap(a: tuple, b: tuple) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _contains(box: tuple, point: tuple, margin: float) -> bool:
-    return box[0] - margin < point[0] < box[2] + margin and box[1] - margin < point[1] < box[3] + margin
+def _contained(box: tuple, points: np.ndarray, margin: float) -> int:
+    """How many of the points (n, 2) lie in the box or so near to it."""
+    low, high = np.array(box[:2]) - margin, np.array(box[2:]) + margin
+    return int(((low < points) & (points < high)).all(1).sum())
 
 
 def _settle(fig: Figure) -> None:
@@ -291,9 +299,22 @@ def _for_page(svg: str, sweep: Sweep, title: str) -> str:
     svg = re.sub(r'<svg|(?<=\s)(width|height)="[\d.]+pt"', lambda m: head if m[0] == "<svg" else "", svg)
     svg = re.sub("|".join(_VARIABLES), lambda m: f"var({_VARIABLES[m[0]]})", svg)
 
+    alike = {id(run): runs for runs in (replicates(sweep) if sweep.seeds else []) for run in runs}
+
     def linked(match: re.Match) -> str:
         run = sweep.runs[int(match[1])]
-        numbers = [f"{m.replace('_', ' ')} {nats(sweep.value(run, m))}" for m in ("elbo", "rate", "distortion")]
-        return f'<a href="#run-{match[1]}"><title>{escape(sweep.describe(run))}\n{", ".join(numbers)}</title>'
+        runs = alike.get(id(run), [run])
+        what = (
+            sweep.describe(run)
+            if len(runs) == 1
+            else f"{sweep.describe(run, with_seed=False)}, mean of {len(runs)} seeds"
+        )
+        numbers = [_told(m, [sweep.value(run, m) for run in runs]) for m in ("elbo", "rate", "distortion")]
+        return f'<a href="#run-{match[1]}"><title>{escape(what)}\n{", ".join(numbers)}</title>'
 
     return re.sub(r'<a xlink:href="#run-(\d+)"[^>]*>', linked, svg)
+
+
+def _told(metric: str, values: list[float]) -> str:
+    sd = spread(values)
+    return f"{metric.replace('_', ' ')} {nats(mean(values))}" + (f" ± {nats(sd)}" if math.isfinite(sd) else "")

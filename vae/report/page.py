@@ -1,4 +1,5 @@
-"""A sweep -> report/index.html (one file, nothing from the network), report/runs.csv and report/plots/*.png."""
+"""A sweep -> report/index.html (one file, nothing from the network), report/runs.csv, report/means.csv where
+seeds are swept, and report/plots/*.png."""
 
 from __future__ import annotations
 
@@ -11,19 +12,19 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 from urllib.parse import quote
 
 from vae.cli import duration
 from vae.errors import VAEError
 from vae.files import write_atomically, write_text
-from vae.report.pictures import Gallery, galleries
+from vae.report.pictures import Gallery, chosen, galleries
 from vae.report.plots import draw
 from vae.report.runs import Run, flatten
+from vae.report.seeds import best_runs, mean, replicates, spread, uneven
 from vae.report.sweep import Sweep, read_sweep
-from vae.report.tables import Column, count, csv_text, nats, number_columns, tally
-from vae.report.values import canonical, format_value, printable
+from vae.report.tables import Column, count, csv_text, means_csv, nats, number_columns, tally
+from vae.report.values import format_value, printable
 
 _HERE = Path(__file__).parent
 
@@ -72,6 +73,10 @@ def write_report(folder: str | Path | Sweep) -> Path:
         for stale in set((report / "plots").glob("*.png")) - set(drawn):
             stale.unlink()  # of an earlier report, whose settings this one no longer has
         write_text(report / "runs.csv", csv_text(sweep))
+        if sweep.seeds:
+            write_text(report / "means.csv", means_csv(sweep))
+        else:
+            (report / "means.csv").unlink(missing_ok=True)
         write_text(report / "index.html", render(sweep, plots))
     except OSError as error:
         raise VAEError(f"The report cannot be written to {str(report)!r}: {error.strerror or error}.") from error
@@ -93,16 +98,18 @@ def render(sweep: Sweep, plots: list[list[Any]]) -> str:
         sweep=sweep,
         title=printable(sweep.folder.resolve().name),
         tally=tally(sweep),
-        best=[(data, run) for data in sweep.data_sets if (run := sweep.best(data))],
+        best=[_best(sweep, runs) for data in sweep.data_sets if (runs := best_runs(sweep, data))],
+        uneven=uneven(sweep),
         columns=columns,
         rows=_rows(sweep, columns, [[run] for run in sweep.runs]),
-        means=_rows(sweep, averaged, _replicates(sweep)) if sweep.seeds else [],
+        means=_rows(sweep, averaged, replicates(sweep)) if sweep.seeds else [],
         averaged=averaged,
         link=lambda run: (
             "../" if run.folder == sweep.folder else f"../{quote(os.fsencode(run.folder.relative_to(sweep.folder)))}/"
         ),
         plots=plots,
         galleries=shown,
+        pictured=(len(chosen(sweep)), sum(bool(run.pictures) for run in sweep.runs)),
         thumb=_thumb(shown),
         shared=_shared(sweep),
         made=_made(sweep),
@@ -121,9 +128,28 @@ def render(sweep: Sweep, plots: list[list[Any]]) -> str:
 # ---- what the page shows ----
 
 
+@dataclass(frozen=True)
+class Best:
+    """text: its ELBO, or the mean with the seeds' spread; over: "" or how many seeds that is of."""
+
+    run: Run
+    index: int
+    text: str
+    over: str
+
+
+def _best(sweep: Sweep, runs: list[Run]) -> Best:
+    elbos = [sweep.value(run, "elbo") for run in runs]
+    sd = spread(elbos)
+    text = nats(mean(elbos)) + (f" ± {nats(sd)}" if math.isfinite(sd) else "")
+    return Best(
+        runs[0], sweep.places[id(runs[0])], text, f", the mean of {count(len(runs), 'seed')}" if sweep.seeds else ""
+    )
+
+
 def _rows(sweep: Sweep, columns: list[Column], groups: list[list[Run]]) -> list[Row]:
     """A row for each group of runs: its settings, and the mean of each number with the seeds' standard deviation."""
-    means = {column: [_mean([column.value(run) for run in runs]) for runs in groups] for column in columns}
+    means = {column: [mean([column.value(run) for run in runs]) for runs in groups] for column in columns}
     ranks = {column: _ranks([runs[0].data for runs in groups], means[column], column.better) for column in columns}
     rows = []
     for i, runs in enumerate(groups):
@@ -135,32 +161,20 @@ def _rows(sweep: Sweep, columns: list[Column], groups: list[list[Run]]) -> list[
         for column in columns:
             value, values = means[column][i], [column.value(run) for run in runs]
             absent = math.isnan(value) and (not runs[0].finished or column.title == "time")
-            spread = column.show(stdev(values)) if len(runs) > 1 and all(map(math.isfinite, values)) else ""
+            sd = spread(values)
             numbers.append(
                 Cell(
                     "–" if absent else column.show(value),
                     value if math.isfinite(value) else "",
-                    f"± {spread}" if spread else "",
+                    f"± {column.show(sd)}" if math.isfinite(sd) else "",
                     heat=ranks[column][i] if column.better else None,
                     bar=_active_share(runs[0], value) if column.title == "active" else None,
                     kind="" if column.key else "extra",
                 )
             )
         best = any(c.title == "ELBO" and ranks[c][i] == 1 for c in columns)
-        rows.append(Row(runs, sweep.runs.index(runs[0]), best, words, numbers))
+        rows.append(Row(runs, sweep.places[id(runs[0])], best, words, numbers))
     return rows
-
-
-def _replicates(sweep: Sweep) -> list[list[Run]]:
-    """The finished runs, those that differ in their seed alone together."""
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in sweep.finished:
-        groups.setdefault((run.data, *map(canonical, run.settings.values())), []).append(run)
-    return list(groups.values())
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _word(value: Any) -> Cell:
@@ -174,9 +188,9 @@ def _ranks(sets: list[str], values: list[float], better: str | None) -> list[flo
     ranks: list[float | None] = [None] * len(values)
     for data in set(sets):
         mine = [i for i, value in enumerate(values) if sets[i] == data and math.isfinite(value)]
-        levels = sorted({values[i] for i in mine}, reverse=better == "lower")
+        levels = {v: n for n, v in enumerate(sorted({values[i] for i in mine}, reverse=better == "lower"))}
         for i in mine if len(levels) > 1 else ():
-            ranks[i] = levels.index(values[i]) / (len(levels) - 1)
+            ranks[i] = levels[values[i]] / (len(levels) - 1)
     return ranks
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from vae.report.plots import curves_along
 from vae.report.runs import Run
+from vae.report.seeds import best_runs, replicates
 from vae.report.sweep import Sweep
 from vae.report.values import canonical, format_value, sort_key
 
@@ -60,20 +61,40 @@ class Gallery:
 
 def galleries(sweep: Sweep) -> list[Gallery]:
     """Every kind of picture that any run has, those everyone looks at first."""
-    present = {kind for run in sweep.runs for kind in run.pictures}
+    shown = chosen(sweep)
+    present = {kind for run in shown for kind in run.pictures}
     kinds = sorted(present, key=lambda kind: (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind))
-    total = sum(len(run.pictures) for run in sweep.runs)
+    total = sum(len(run.pictures) for run in shown)
     budget = min(LARGEST, max(SMALLEST, TOTAL_BYTES // max(total, 1)))
     found = []
     for kind in kinds:
         shelves = []
-        for data in dict.fromkeys(run.data for run in sweep.runs):
-            runs = [run for run in sweep.runs if run.data == data and kind in run.pictures]
+        for data in dict.fromkeys(run.data for run in shown):
+            runs = [run for run in shown if run.data == data and kind in run.pictures]
             if runs:
                 shelves.append(_shelf(sweep, data, runs, kind, budget))
         title = re.sub(r"\bkl\b", "KL", kind.replace("_", " "))
         found.append(Gallery(kind, title[:1].upper() + title[1:], _ABOUT.get(kind, ""), shelves))
     return found
+
+
+def chosen(sweep: Sweep) -> list[Run]:
+    """The runs whose pictures the page has room for, in order.
+
+    All with pictures, where these fit. Otherwise one seed of each setting, or, of too many settings, as many as fit at
+    equal distances in the sweep's order; with the best of each data set always among them.
+    """
+    runs = [run for run in sweep.runs if run.pictures]
+    most = TOTAL_BYTES // SMALLEST
+    if sum(len(run.pictures) for run in runs) <= most:
+        return runs
+    places = max(1, most // max(len(run.pictures) for run in runs))
+    firsts = {id(group[0]) for group in replicates(sweep, runs)}
+    best = {id(run) for data in sweep.data_sets for run in best_runs(sweep, data)[:1]}
+    rest = [run for run in runs if id(run) in firsts and id(run) not in best]
+    few = max(0, places - len(best))
+    spaced = {id(rest[round(i * (len(rest) - 1) / max(few - 1, 1))]) for i in range(min(few, len(rest)))}
+    return [run for run in runs if id(run) in spaced | best]
 
 
 def _shelf(sweep: Sweep, data: str, runs: list[Run], kind: str, budget: int) -> Shelf:

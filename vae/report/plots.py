@@ -18,7 +18,7 @@ from vae.report.drawing import (
     Plot,
     as_plot,
     draw_all_active,
-    draw_dot,
+    draw_dots,
     draw_iso_elbo,
     draw_legend,
     label_ends,
@@ -79,16 +79,19 @@ def _rate_distortion(sweep: Sweep, data: str) -> Plot:
     labels, solid = [], []
     for curve in curves:
         colour, marker = palette(curve.settings.get(hue or ""))
-        xy = [(_mean(sweep, group, "rate"), _mean(sweep, group, "distortion")) for _, group in curve.points]
+        groups = [group for _, group in curve.points]
+        xy = [(_mean(sweep, group, "rate"), _mean(sweep, group, "distortion")) for group in groups]
         if len(xy) > 1:
             ax.plot(*zip(*xy, strict=True), color=colour, lw=1.6, zorder=3)
-        for (value, group), (x, y) in zip(curve.points, xy, strict=True):
-            for run in group if len(group) > 1 else ():
-                at = sweep.value(run, "rate"), sweep.value(run, "distortion")
-                ax.plot(*at, marker=".", ms=5, color=colour, alpha=0.45, zorder=2)
-            draw_dot(ax, sweep, x, y, group, colour, marker)
-            if along is not None:
-                labels.append((x, y, format_value(value), MUTED, 8.5, False))
+        if seeds := [run for group in groups if len(group) > 1 for run in group]:
+            each = [[sweep.value(run, metric) for run in seeds] for metric in ("rate", "distortion")]
+            ax.plot(*each, marker=".", ms=5, lw=0, color=colour, alpha=0.45, zorder=2)
+        draw_dots(ax, sweep, xy, groups, (colour, marker))
+        if along is not None:
+            labels += [
+                (x, y, format_value(value), MUTED, 8.5, False)
+                for (value, _), (x, y) in zip(curve.points, xy, strict=True)
+            ]
         solid += xy
         if hue is not None and len(curves) <= 12:
             x, y = max(xy)
@@ -101,11 +104,12 @@ def _rate_distortion(sweep: Sweep, data: str) -> Plot:
     ax.set_xlabel(f"{_split(sweep)} rate, nats per image")
     ax.set_ylabel(f"{_split(sweep)} distortion, nats per image")
     draw_iso_elbo(ax)
-    lines = [np.asarray(line.get_xydata()).tolist() for line in ax.lines]
+    lines = [np.asarray(line.get_xydata()).tolist() for line in ax.lines if line.get_linewidth()]
     place_labels(ax, labels, solid, [[(x, y) for x, y in line] for line in lines if len(line) > 1])
     if hue is not None and len(curves) > 12:
         draw_legend(ax, sweep, palette)
     title = f"Rate and distortion, {data}" if len(sweep.data_sets) > 1 else "Rate and distortion"
+    title += _of_seeds(sweep, [group for curve in curves for _, group in curve.points])
     title += f"; points are labelled by {sweep.label(along)}" if along else ""
     return as_plot(fig, sweep, f"rate_distortion{_suffix(sweep, data)}", title)
 
@@ -133,8 +137,7 @@ def _against(sweep: Sweep, data: str, key: str, metric: str) -> Plot:
             if sweep.numeric(key):
                 ax.fill_between(xs, lows, highs, color=colour, alpha=0.16, lw=0, zorder=1)
         ax.plot(xs, ys, color=colour, lw=1.6 if sweep.numeric(key) else 0.8, alpha=1 if sweep.numeric(key) else 0.5)
-        for x, y, (_, group) in zip(xs, ys, curve.points, strict=True):
-            draw_dot(ax, sweep, x, y, group, colour, marker)
+        draw_dots(ax, sweep, list(zip(xs, ys, strict=True)), [group for _, group in curve.points], (colour, marker))
         ends.append((xs[-1], ys[-1], _curve_name(sweep, curve), colour))
     scale_x(ax, values)
     names = {"elbo": "ELBO at β = 1, nats per image", "active_units": "active units"}
@@ -155,6 +158,7 @@ def _against(sweep: Sweep, data: str, key: str, metric: str) -> Plot:
         label_ends(ax, ends)
     what = "Active units" if metric == "active_units" else "ELBO"
     title = f"{what} against {sweep.label(key)}" + (f", {data}" if len(sweep.data_sets) > 1 else "")
+    title += _of_seeds(sweep, [group for curve in curves for _, group in curve.points])
     return as_plot(fig, sweep, f"{metric}_against_{key}{_suffix(sweep, data)}", title)
 
 
@@ -188,6 +192,14 @@ def _mean(sweep: Sweep, runs: list[Run], metric: str) -> float:
 
 def _split(sweep: Sweep) -> str:
     return "validation" if sweep.split == "val" else sweep.split
+
+
+def _of_seeds(sweep: Sweep, groups: list[list[Run]]) -> str:
+    """How many seeds the points are means of."""
+    fewest, most = min(map(len, groups)), max(map(len, groups))
+    if not sweep.seeds or most == 1:
+        return ""
+    return f", means of {most} seeds" if fewest == most else f", means of {fewest} to {most} seeds"
 
 
 def _curve_name(sweep: Sweep, curve: Curve) -> str:

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,16 @@ class Sweep:
         known = [run for run in self.runs if run.config] or self.runs
         return tuple(dict.fromkeys(run.data for run in known))
 
-    @property
+    @cached_property
     def data_column(self) -> bool:
         """Whether a table needs a column for the data set: there are several, and no swept key already says which."""
         said = any(all(format_value(run.settings[key]) == run.data for run in self.runs) for key in self.swept)
         return len(self.data_sets) > 1 and not said
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Where each run stands in `runs`, by its id: a search through thousands of runs for each would be slow."""
+        return {id(run): i for i, run in enumerate(self.runs)}
 
     @property
     def seconds(self) -> float:
@@ -101,9 +107,16 @@ class Sweep:
 
     def values(self, key: str, runs: tuple[Run, ...] | list[Run] | None = None) -> list[Any]:
         """The distinct values of a swept key, numbers in order and before words."""
-        known = [run.settings.get(key) for run in (self.runs if runs is None else runs) if run.config]
-        found = {canonical(value): value for value in known}
+        if runs is None:
+            if key not in self._values:
+                self._values[key] = self.values(key, self.runs)
+            return self._values[key]
+        found = {canonical(value): value for value in (run.settings.get(key) for run in runs if run.config)}
         return sorted(found.values(), key=sort_key)
+
+    @cached_property
+    def _values(self) -> dict[str, list[Any]]:
+        return {}
 
     def numeric(self, key: str) -> bool:
         return all(is_number(value) for value in self.values(key))
@@ -117,13 +130,13 @@ class Sweep:
         lengths = (n for n in range(1, len(mine)) if all(other[-n:] != mine[-n:] for other in names.values()))
         return ".".join(mine[-next(lengths, len(mine)) :])
 
-    def describe(self, run: Run, with_data: bool = True) -> str:
+    def describe(self, run: Run, with_data: bool = True, with_seed: bool = True) -> str:
         """The run's settings in a line, e.g. "latent_dim 10, beta 4, seed 1"; its name where nothing was varied."""
         keys = [key for key in self.swept if with_data or format_value(run.settings[key]) != run.data]
         parts = [f"{self.label(key)} {format_value(run.settings.get(key))}" for key in keys]
-        if self.seeds:
+        if self.seeds and with_seed:
             parts.append(f"seed {format_value(run.seed)}")
-        return ", ".join(parts) or run.name
+        return ", ".join(parts) or (run.name if with_seed or not self.seeds else "every setting")
 
 
 def read_sweep(folder: str | Path) -> Sweep:
@@ -150,9 +163,9 @@ def read_sweep(folder: str | Path) -> Sweep:
 
     swept, in_step = _swept_keys(runs)
     for run in runs:
-        run.settings = {key: _setting(run, key) for key in swept}
+        run.settings = {key: setting(run, key) for key in swept}
         run.seed = run.config.get("seed")
-    for run, label in zip(runs, _data_labels(runs), strict=True):
+    for run, label in zip(runs, data_labels(runs), strict=True):
         run.data = label
     seeds = len({canonical(run.seed) for run in runs if run.seed is not None}) > 1
     runs.sort(key=lambda run: (run.data, [sort_key(v) for v in run.settings.values()], sort_key(run.seed), run.name))
@@ -176,32 +189,32 @@ def _swept_keys(runs: list[Run]) -> tuple[list[str], dict[str, str]]:
     every = list(dict.fromkeys(key for config in configs for key in config))
     differing = [key for key in every if len({canonical(config.get(key)) for config in configs}) > 1]
     explicit = list(dict.fromkeys(key for overrides in overridden for key in overrides))
-    explicit = [key for key in explicit if key.split(".")[0] not in _OPERATIONAL_ROOTS and not _is_seed(key)]
+    explicit = [key for key in explicit if key.split(".")[0] not in _OPERATIONAL_ROOTS and not is_seed(key)]
     explicit = [
         key
         for key in explicit
-        if (key in differing if key in every else len({canonical(_setting(run, key)) for run in runs}) > 1)
+        if (key in differing if key in every else len({canonical(setting(run, key)) for run in runs}) > 1)
     ]
 
     def column(key: str) -> list[str]:
-        return [canonical(_setting(run, key)) for run in runs]
+        return [canonical(setting(run, key)) for run in runs]
 
-    kept = {key: column(key) for key in sorted(explicit, key=_preference)}
+    kept = {key: column(key) for key in sorted(explicit, key=preference)}
     seeds = [canonical(run.config.get("seed")) for run in runs]
     replicated = len(set(seeds)) < len(runs)
     in_step = {}
-    rest = [key for key in differing if key not in kept and not _is_operational(key, runs)]
+    rest = [key for key in differing if key not in kept and not is_operational(key, runs)]
     # the finest distinctions first, so that what follows from them is seen to follow
-    for key in sorted(rest, key=lambda key: (-len(set(column(key))), _preference(key))):
+    for key in sorted(rest, key=lambda key: (-len(set(column(key))), preference(key))):
         values = column(key)
         parent = next((other for other, theirs in kept.items() if _determines(theirs, values)), None)
         if parent is not None:
             in_step[key] = parent
-        elif _is_seed(key) or (replicated and _determines(seeds, values)):
+        elif is_seed(key) or (replicated and _determines(seeds, values)):
             continue
         else:
             kept[key] = values
-    return sorted(kept, key=_preference), in_step
+    return sorted(kept, key=preference), in_step
 
 
 def _determines(given: list[str], values: list[str]) -> bool:
@@ -216,7 +229,7 @@ def _overrides(run: Run) -> dict[str, str]:
     return {key.lstrip("+").split("@")[0].strip(): value.strip() for key, _, value in pairs}
 
 
-def _setting(run: Run, key: str) -> Any:
+def setting(run: Run, key: str) -> Any:
     """The value in the run's config or, for the choice of a group, the one that its command line named."""
     if key in run.config:
         return run.config[key]
@@ -224,7 +237,7 @@ def _setting(run: Run, key: str) -> Any:
     return None if named is None else parse_scalar(named)
 
 
-def _preference(key: str) -> tuple[Any, ...]:
+def preference(key: str) -> tuple[Any, ...]:
     """Data set first, then latent size; beta last, so that a table in this order reads curve by curve."""
     late = [
         not (key == "data" or key.startswith("data.source")),
@@ -234,11 +247,11 @@ def _preference(key: str) -> tuple[Any, ...]:
     return late, leaf(key) not in ("_target_", "name"), key.count("."), key
 
 
-def _is_seed(key: str) -> bool:
+def is_seed(key: str) -> bool:
     return leaf(key) == "seed"
 
 
-def _is_operational(key: str, runs: list[Run]) -> bool:
+def is_operational(key: str, runs: list[Run]) -> bool:
     if key.split(".")[0] in _OPERATIONAL_ROOTS or _OPERATIONAL_LEAF.search(leaf(key)):
         return True
     # a path into the run's own folder, under whatever name
@@ -257,7 +270,7 @@ def _text(name: str) -> str:
 # ---- which runs compare ----
 
 
-def _data_labels(runs: list[Run]) -> list[str]:
+def data_labels(runs: list[Run]) -> list[str]:
     """The data set of each run, with what else sets its likelihoods apart: "mnist, binarize dynamic".
 
     A density (Gaussian) and a probability (Bernoulli) of the same images are different quantities, and so are those of
@@ -266,14 +279,19 @@ def _data_labels(runs: list[Run]) -> list[str]:
     names = [_data_name(run) for run in runs]
     pixel_keys = sorted({key for run in runs for key in run.config if key.startswith(_PIXELS)})
     traits = [
-        {**{key: run.config.get(key) for key in pixel_keys}, "likelihood": _measure(run)} if run.config else {}
+        {**{key: run.config.get(key) for key in pixel_keys}, "likelihood": _measure(run), "given": _given(run)}
+        if run.config
+        else {}
         for run in runs
     ]
+    differing = {}  # once for each name: run by run it would be quadratic in the runs
+    for name in dict.fromkeys(names):
+        same = [mine for other, mine in zip(names, traits, strict=True) if other == name and mine]
+        keys = same[0] if same else {}
+        differing[name] = [key for key in keys if len({canonical(mine.get(key)) for mine in same}) > 1]
     labels = []
     for name, mine in zip(names, traits, strict=True):
-        same = [other for other_name, other in zip(names, traits, strict=True) if other_name == name and other]
-        differing = [k for k in mine if len({canonical(other.get(k)) for other in same}) > 1]
-        details = [f"{leaf(key)} {format_value(mine[key])}" for key in differing]
+        details = [f"{leaf(key)} {format_value(mine[key])}" for key in differing[name] if key in mine]
         labels.append(", ".join([name, *details]))
     return labels
 
@@ -290,6 +308,11 @@ def _measure(run: Run) -> str:
     kind = str(run.facts.get("likelihood") or run.config.get("likelihood._target_") or "").rsplit(".", 1)[-1]
     kind = kind.replace("Discretised", "Discretized")  # as earlier versions had it
     return kind.lower() if run.facts.get("discrete", kind not in _DENSITIES) else "density"
+
+
+def _given(run: Run) -> str:
+    """p(x|y) of a model that is given labels is not the p(x) of one that is not."""
+    return "labels" if run.facts.get("num_classes") and not run.facts.get("latent_label") else "no labels"
 
 
 # ---- what the sweep asked for and is not there ----

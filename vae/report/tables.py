@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vae.report.runs import Run
+from vae.report.seeds import best_runs, mean, replicates, spread, uneven
 from vae.report.sweep import Sweep, states
 from vae.report.values import format_value, printable
 
@@ -31,6 +32,37 @@ class Column:
     key: bool = True
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A metric of the reported split. name: in metrics.json less the split; digits: after the point; better: as in Column;
+    key: whether everyone reads it."""
+
+    name: str
+    title: str
+    unit: str
+    digits: int
+    better: str | None
+    key: bool = True
+
+
+def measured(sweep: Sweep) -> list[Measured]:
+    """The metrics of the split that any finished run has: those everyone reads first."""
+    have = list(dict.fromkeys(key for run in sweep.finished for key in run.metrics))
+    bounds = sorted(_bounds(sweep, have), key=_natural)
+    known = [
+        Measured("elbo", "ELBO", "nats", 2, "higher"),
+        Measured("rate", "rate", "nats", 2, None),
+        Measured("distortion", "distortion", "nats", 2, None),
+        *(Measured(name, name.replace("nll_iw", "NLL, K="), "nats", 2, "lower") for name in bounds),
+        Measured("bits_per_dim", "bits/dim", "bits", 3, "lower"),
+        Measured("active_units", "active", "units", 1, None),
+    ]
+    known = [metric for metric in known if f"{sweep.split}/{metric.name}" in have]
+    names = [key.removeprefix(f"{sweep.split}/") for key in have if key.startswith(f"{sweep.split}/")]
+    taken = {metric.name for metric in known}
+    return known + [Measured(name, name.replace("_", " "), "", 3, None, False) for name in names if name not in taken]
+
+
 def number_columns(sweep: Sweep) -> list[Column]:
     """The columns of the run table: those everyone reads first, then any other metric of the split (`key=False`)."""
     have = list(dict.fromkeys(key for run in sweep.finished for key in run.metrics))
@@ -38,28 +70,16 @@ def number_columns(sweep: Sweep) -> list[Column]:
     def metric(key: str) -> Callable[[Run], float]:
         return lambda run: run.metrics.get(key, math.nan) if run.finished else math.nan
 
-    known = [
-        ("elbo", "ELBO", "nats", 2, "higher"),
-        ("rate", "rate", "nats", 2, None),
-        ("distortion", "distortion", "nats", 2, None),
-        *((k, k.replace("nll_iw", "NLL, K="), "nats", 2, "lower") for k in sorted(_bounds(sweep, have), key=_natural)),
-        ("bits_per_dim", "bits/dim", "bits", 3, "lower"),
-        ("active_units", "active", "units", 1, None),
-    ]
-    columns = [
-        Column(title, unit, metric(f"{sweep.split}/{name}"), lambda v, d=digits: nats(v, d), better)
-        for name, title, unit, digits, better in known
-        if f"{sweep.split}/{name}" in have
-    ]
+    def column(m: Measured) -> Column:
+        return Column(m.title, m.unit, metric(f"{sweep.split}/{m.name}"), lambda v: nats(v, m.digits), m.better, m.key)
+
+    known = measured(sweep)
+    columns = [column(m) for m in known if m.key]
     columns.append(Column("time", "min:s", lambda run: math.nan if run.seconds is None else run.seconds, clock))
-    taken = {f"{sweep.split}/{name}" for name, *_ in known}
-    others = [
-        key for key in have if key not in taken and key.startswith((f"{sweep.split}/", "train/seconds_per_epoch"))
-    ]
-    columns += [
-        Column(key.removeprefix(f"{sweep.split}/").replace("_", " "), "", metric(key), lambda v: nats(v, 3), key=False)
-        for key in others
-    ]
+    columns += [column(m) for m in known if not m.key]
+    if "train/seconds_per_epoch" in have:
+        key = "train/seconds_per_epoch"
+        columns.append(Column(key.replace("_", " "), "", metric(key), lambda v: nats(v, 3), key=False))
     return columns
 
 
@@ -112,69 +132,103 @@ def csv_text(sweep: Sweep) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     header = ["run", "state", "reason", "data", *sweep.swept, "seed", "seconds", "epochs", *metrics]
-    writer.writerow([_word(name) for name in header])
+    writer.writerow([csv_word(name) for name in header])
     for run in sweep.runs:
         words = [run.name, run.state, run.reason or "", run.data]
         settings = [run.settings.get(key) for key in sweep.swept]
         numbers = [run.seed, run.seconds, run.epochs, *(run.metrics.get(key) for key in metrics)]
-        writer.writerow([*map(_word, words), *map(_cell, settings), *map(_cell, numbers)])
+        writer.writerow([*map(csv_word, words), *map(csv_cell, settings), *map(csv_cell, numbers)])
     return out.getvalue()
 
 
-def _cell(value: object) -> str:
+def means_csv(sweep: Sweep) -> str:
+    """One line per setting: data set, swept keys, n, and of every metric the mean over seeds and the standard deviation."""
+    names = list(dict.fromkeys(key for run in sweep.finished for key in run.metrics))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        map(csv_word, ["data", *sweep.swept, "n", *(f"{name}{end}" for name in names for end in ("", " sd"))])
+    )
+    for runs in replicates(sweep):
+        settings = [runs[0].settings.get(key) for key in sweep.swept]
+        values = [[run.metrics.get(name, math.nan) for run in runs] for name in names]
+        numbers = [number for of in values for number in (mean(of), spread(of))]
+        cells = [None if math.isnan(number) else number for number in numbers]
+        writer.writerow([csv_word(runs[0].data), *map(csv_cell, [*settings, len(runs), *cells])])
+    return out.getvalue()
+
+
+def csv_cell(value: object) -> str:
+    """A number in full precision, a word safe from spreadsheets, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return repr(value)
-    return _word(format_value(value))
+    return csv_word(format_value(value))
 
 
-def _word(text: str) -> str:
+def csv_word(text: str) -> str:
+    """Words that a spreadsheet would run as a formula are preceded by an apostrophe."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def print_table(sweep: Sweep, console: Console) -> None:
-    """The runs with their settings and key numbers, the best ELBO of each data set marked; then what failed, and why."""
+    """The runs, or the means over seeds, with settings and key numbers, the best ELBO of each data set marked; then what
+    failed, and why."""
     from rich.text import Text
 
-    columns = [column for column in number_columns(sweep) if column.key]
-    table = _table(sweep, columns)
+    columns = [
+        column for column in number_columns(sweep) if column.key and not (sweep.seeds and column.title == "time")
+    ]
+    groups = replicates(sweep) if sweep.seeds else [[run] for run in sweep.finished]
+    table = _table(sweep, columns, groups)
     drop = [column for title in ("bits/dim", "distortion", "time") for column in columns if column.title == title]
     wide = console.options.update(max_width=10_000)
     while drop and console.measure(table, options=wide).maximum > console.width:  # the page and the CSV have them all
         columns.remove(drop.pop(0))
-        table = _table(sweep, columns)
+        table = _table(sweep, columns, groups)
     if sweep.finished:
         console.print(table)
     for run in sweep.failed:
         console.print(Text(f"{run.state}: {printable(run.name)}: {printable(run.reason or '')}", style="red"))
     for overrides in sweep.missing:
         console.print(Text(f"missing: {printable(', '.join(overrides))}", style="red"))
-    marked = "; the best ELBO is bold" if len(sweep.finished) > 1 else ""
-    console.print(Text(f"{tally(sweep)}. Nats per image{marked}."), soft_wrap=True)
+    means = ", means over seeds ± one standard deviation" if sweep.seeds else ""
+    marked = f"; the best {'mean ' if sweep.seeds else ''}ELBO is bold" if len(groups) > 1 else ""
+    console.print(Text(f"{tally(sweep)}. Nats per image{means}{marked}."), soft_wrap=True)
+    if sentence := uneven(sweep):
+        console.print(Text(sentence), soft_wrap=True)
 
 
-def _table(sweep: Sweep, columns: list[Column]) -> Table:
+def _table(sweep: Sweep, columns: list[Column], groups: list[list[Run]]) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    best = {id(sweep.best(data)) for data in sweep.data_sets} if len(sweep.finished) > 1 else set()
+    best = {id(runs[0]) for data in sweep.data_sets if (runs := best_runs(sweep, data))}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     if sweep.data_column:
         table.add_column("data", no_wrap=True, max_width=24)
     for key in sweep.swept:
         table.add_column(Text(printable(sweep.label(key))), justify="right", no_wrap=True, max_width=24)
-    if not sweep.swept:
+    if not sweep.swept and not sweep.seeds:
         table.add_column("run", max_width=40, overflow="fold")
     if sweep.seeds:
-        table.add_column("seed", justify="right", no_wrap=True)
+        table.add_column("n", justify="right", no_wrap=True)
     for column in columns:
         table.add_column(Text(column.title), justify="right", no_wrap=True)
-    for run in sweep.finished:
-        cells = [printable(run.data)] if sweep.data_column else []
-        cells += [format_value(run.settings.get(key)) for key in sweep.swept] or [printable(run.name)]
-        cells += [format_value(run.seed)] if sweep.seeds else []
-        cells += [column.show(column.value(run)) for column in columns]
-        table.add_row(*map(Text, cells), style="bold green" if id(run) in best else None)
+    for runs in groups:
+        cells = [printable(runs[0].data)] if sweep.data_column else []
+        cells += [format_value(runs[0].settings.get(key)) for key in sweep.swept]
+        cells += [str(len(runs))] if sweep.seeds else [] if sweep.swept else [printable(runs[0].name)]
+        cells += [with_spread(column, runs) for column in columns]
+        table.add_row(*map(Text, cells), style="bold green" if id(runs[0]) in best and len(groups) > 1 else None)
     return table
+
+
+def with_spread(column: Column, runs: list[Run]) -> str:
+    """ "−95.20 ± 0.31": the mean over runs and their standard deviation, which one run does not have."""
+    values = [column.value(run) for run in runs]
+    sd = spread(values)
+    shown = column.show(mean(values) if len(values) > 1 else values[0])
+    return f"{shown} ± {column.show(sd)}" if math.isfinite(sd) else shown
