@@ -58,8 +58,8 @@ def test_a_job_returns_the_metrics_that_were_asked_for_and_the_worst_where_it_fa
     asked = ["sweep_metric=[test/elbo,val/loss]"]
     measured = job(*asked)
     found = json.loads((tmp_path / "job" / "metrics.json").read_text())
-    assert measured == [found["test/elbo"], found["val/loss"]]
-    assert job("optimizer.lr=1e30", "resume=true", *asked) == [-math.inf, math.inf]
+    assert measured == (found["test/elbo"], found["val/loss"])
+    assert job("optimizer.lr=1e30", "resume=true", *asked) == (-math.inf, math.inf)
     assert "optimizer.lr is 0.001 there and 1e+30 now" in json.loads((tmp_path / "job" / REFUSED).read_text())["reason"]
     (tmp_path / "job" / REFUSED).unlink()
     assert job("optimizer.lr=1e30", "resume=restart", "trainer.max_epochs=3") == -math.inf
