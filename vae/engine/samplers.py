@@ -98,7 +98,7 @@ def from_unit(u: float, one: BaseDistribution) -> Any:
         low, high = math.log(one.low - 0.5), math.log(one.high + 0.5)
         return min(max(round(math.exp(low + u * (high - low))), one.low), one.high)
     if one.step is not None:  # every IntDistribution that is not logarithmic
-        count = int(round((one.high - one.low) / one.step)) + 1
+        count = round((one.high - one.low) / one.step) + 1
         return one.low + int(u * count) * one.step
     if one.log:
         low, high = math.log(one.low), math.log(one.high)

@@ -80,11 +80,6 @@ class Trial:
     folder: str
 
 
-def study_url(path: Path) -> str:
-    """A URL that SQLite opens whatever characters are in the path."""
-    return f"sqlite:///file:{quote(str(path.resolve()))}?uri=true"
-
-
 def load_study(path: Path, **parts: Any) -> Study:
     """The search in the file, which must be there. Raises VAEError for a file that holds none, or that this Optuna cannot
     read."""
@@ -103,8 +98,13 @@ def load_study(path: Path, **parts: Any) -> Study:
 def _storage(path: Path) -> Any:
     import optuna
 
+    def connect() -> (
+        sqlite3.Connection
+    ):  # a path within a URL is quoted in one version of SQLAlchemy and not in another
+        return sqlite3.connect(path.resolve(), timeout=120, check_same_thread=False)
+
     try:
-        return optuna.storages.RDBStorage(study_url(path), engine_kwargs={"connect_args": {"timeout": 120}})
+        return optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
     except RuntimeError as error:
         if "compatible with the table schema" not in str(error):
             raise
@@ -166,8 +166,9 @@ def _plain(value: Any) -> str:
 class Search:
     """This process's part in a search: it asks for trials that nobody else has, and tells what they returned.
 
-    folder: of the sweep; the study is made there, or gone on with. folder_of: of a trial's run, within the sweep's.
-    taken_over: gives the settings that may differ from those that the study began with. Raises VAEError for a study of another search, and for a file that holds none. To be closed.
+    folder: of the sweep; the study is made there, or gone on with. folder_of: names the folder of a trial's run within it.
+    taken_over: gives the settings that may differ from those that the study began with. To be closed.
+    Raises VAEError for a study of another search, and for a file that holds none.
     """
 
     def __init__(
@@ -193,8 +194,8 @@ class Search:
             there = self.study.user_attrs.get("terms", {})
             if differing(there, terms.stored()) and (difference := differing(there, terms.stored(), taken_over())):
                 raise VAEError(
-                    f"{self.path} is of another search: {difference}. Nothing was changed; choose another folder, or go on with "
-                    "it as it is."
+                    f"{self.path} is of another search: {difference}. Nothing was changed: choose another folder, or ask for "
+                    "what is there."
                 )
             self._alive.acquire()
 
@@ -241,13 +242,12 @@ class Search:
         with self._alone():
             every = self.trials()
             orphans = [trial for trial in every if trial.state.name == "RUNNING" and self._is_orphan(trial)]
-            newest = every[
-                len(every) - len(every) % most :
-            ]  # of a batch that was not proposed to its end, or is the last
-            whole = all(trial in orphans for trial in newest)
-            if orphans and not (newest and whole):
-                return [self._complete(trial._trial_id) for trial in orphans[:most]]
-            batch = [self._complete(trial._trial_id) for trial in newest] if whole else []
+            newest = every[len(every) // most * most :]  # of a batch that was not proposed to its end, or is the last
+            unfinished = bool(newest) and all(trial in orphans for trial in newest)
+            older = [trial for trial in orphans if not (unfinished and trial in newest)]
+            if older:
+                return [self._complete(trial._trial_id) for trial in older[:most]]
+            batch = [self._complete(trial._trial_id) for trial in newest] if unfinished else []
             for number in range(len(every), n_trials):
                 batch.append(self._complete(self.study.ask()._trial_id))
                 if (number + 1) % most == 0:
@@ -352,5 +352,5 @@ def importance(study: Study, metric: int) -> dict[str, float]:
     if len(complete) < 4 or len(values) < 2:
         return {}
     return get_param_importances(
-        study, evaluator=FanovaImportanceEvaluator(seed=0), target=lambda trial: trial.values[metric]
+        study, evaluator=FanovaImportanceEvaluator(n_trees=16, seed=0), target=lambda trial: trial.values[metric]
     )
