@@ -111,9 +111,9 @@ def killed_at(write, folder, agreed, n_trials, most):
     [
         ("tpe", 1, 4),
         pytest.param("tpe", 1, 1, marks=pytest.mark.slow),
-        pytest.param("tpe", 3, 1, marks=pytest.mark.slow),
-        pytest.param("nsga2", 2, 1, marks=pytest.mark.slow),
-        pytest.param("qmc", 2, 1, marks=pytest.mark.slow),
+        pytest.param("tpe", 3, 2, marks=pytest.mark.slow),
+        pytest.param("nsga2", 2, 2, marks=pytest.mark.slow),
+        pytest.param("qmc", 2, 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_search_killed_before_any_write_and_resumed_proposes_what_one_does_that_was_not(
@@ -124,7 +124,7 @@ def test_a_search_killed_before_any_write_and_resumed_proposes_what_one_does_tha
     begun = tmp_path / "begun"
     searched(begun, agreed, 2 * most)  # so that samplers that learn have learnt
     shutil.copytree(begun, tmp_path / "whole")
-    n_trials = (4 if apart == 1 else 3) * most
+    n_trials = 3 * most
     whole = searched(tmp_path / "whole", agreed, n_trials, most)
     for write in range(0, 500, apart):
         folder = tmp_path / f"killed_{write}"
@@ -134,7 +134,7 @@ def test_a_search_killed_before_any_write_and_resumed_proposes_what_one_does_tha
         assert searched(folder, agreed, n_trials, most) == whole, f"killed before write {write}"
         states = [trial.state.name for trial in load_study(folder / STUDY).get_trials(deepcopy=False)]
         assert states == ["COMPLETE"] * n_trials
-    assert write >= 7 * (n_trials - 2 * most)  # each trial's creation, three parameters, whose and where, its result
+    assert write >= 7 * most  # each trial's creation, three parameters, whose and where, its result
 
 
 def test_two_processes_never_have_one_trial_and_what_one_leaves_the_other_takes_over(tmp_path):

@@ -117,9 +117,7 @@ def make_sampler(
     these options."""
     known: dict[str, Callable[..., BaseSampler]] = {
         # the same of Optuna 4 and 5: all parameters together, and no two trials that run at a time alike
-        "tpe": lambda **given: TPESampler(
-            **{"multivariate": len(directions) == 1, "constant_liar": True, **given}  # type: ignore[arg-type]
-        ),
+        "tpe": lambda **given: TPESampler(**{"multivariate": len(directions) == 1, "constant_liar": True, **given}),
         "random": RandomSampler,
         "qmc": lambda **given: QuasiRandom(space=space, **given),
         "nsga2": NSGAIISampler,

@@ -63,7 +63,7 @@ def search(
     jobs = Jobs(config, loader, list(overrides.values()), space)
     first = jobs.first()
     folder = Path(config.hydra.sweep.dir)
-    terms = _terms(first, space, sampler, sampler_options or {}, seed, pruner, pruner_options or {})
+    terms = terms_of(first, space, sampler, sampler_options or {}, seed, pruner, pruner_options or {})
 
     mine = Search(folder, terms, jobs.subdir, _taken_over)
     OmegaConf.save(config, folder / "multirun.yaml")
@@ -94,7 +94,7 @@ def side_by_side(config: DictConfig) -> int:
     return max(1, cores + 1 + int(jobs))  # as joblib counts: -1 is all of them
 
 
-def _terms(
+def terms_of(
     first: DictConfig,
     space: Mapping[str, Any],
     sampler: str,
@@ -103,6 +103,7 @@ def _terms(
     pruner: str | None,
     pruner_options: Mapping[str, Any],
 ) -> Terms:
+    """What a search is, from its options and the config of some job. Raises VAEError for metrics that it cannot use."""
     metrics = [str(name) for name in metrics_of(first)]
     if tests := [name for name in metrics if name.startswith("test/")]:
         raise VAEError(

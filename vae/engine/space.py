@@ -41,7 +41,8 @@ def distribution(override: Override) -> BaseDistribution:
     """What Optuna draws the value of one override from. Raises VAEError for what is no space."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
-    sweep, line = override.value(), override.input_line
+    sweep: Any = override.value()
+    line = str(override.input_line)
     tags = set(getattr(sweep, "tags", ()))
     numbers = isinstance(sweep, IntervalSweep | RangeSweep)
     if tags - {"log"} or (tags and not numbers):

@@ -153,7 +153,8 @@ def _in_words(value: Any, where: str) -> str:
         return _plain(value)
     if value is None:
         return "not searched over"
-    inner = ", ".join(f"{name}={_plain(one)}" for name, one in value["attributes"].items() if one not in (None, False))
+    known = {name: value["attributes"].get(name) for name in ("choices", "low", "high", "step", "log")}
+    inner = ", ".join(f"{name}={_plain(one)}" for name, one in known.items() if one not in (None, False))
     return f"{value['name'].removesuffix('Distribution')}({inner})"
 
 
@@ -202,11 +203,13 @@ class Search:
     def _make(self) -> None:
         """The file is whole or absent: made beside its place and renamed into it."""
         import optuna
+        from optuna.study import StudyDirection
 
         temporary = self.folder / f".{STUDY}.tmp"
         temporary.unlink(missing_ok=True)
         storage = _storage(temporary)
-        study = optuna.create_study(study_name=NAME, storage=storage, directions=self.terms.directions)
+        directions = [StudyDirection[direction.upper()] for direction in self.terms.directions]
+        study = optuna.create_study(study_name=NAME, storage=storage, directions=directions)
         study.set_user_attr("terms", self.terms.stored())
         storage.engine.dispose()
         temporary.replace(self.path)

@@ -53,12 +53,17 @@ class SweepCallback(Callback):
         from rich.console import Console
 
         from vae.report import print_table, read_sweep, write_report
+        from vae.report.runs import FAILED
+        from vae.report.search import read_search
 
         folder = Path(config.hydra.sweep.dir)
         sweep = read_sweep(folder)
         page = write_report(sweep)
         console = Console()
         print_table(sweep, console)
+        found = read_search(sweep)
+        if found:
+            console.print(f"Search:      {found.tally()}; {found.best_in_words()}", highlight=False, markup=False)
         console.print(f"Report:      open {page}", highlight=False, soft_wrap=True)
         console.print(f"TensorBoard: tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
         refused = sorted(folder.glob(f"*/{REFUSED}"))
@@ -68,6 +73,9 @@ class SweepCallback(Callback):
                 highlight=False,
                 markup=False,
             )
+        if found and any(trial.state == "running" for trial in found.trials):
+            console.print("Still running: trials of another process of this search, which will write the report again.")
+            sys.exit(1 if refused or any(run.state == FAILED for run in sweep.runs) else 0)
         if refused or not sweep.complete:
             sys.exit(1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from vae.engine.module import is_ending
 from vae.engine.search import Pruned
@@ -48,7 +48,7 @@ class Pruning(pl.Callback):
             raise Pruned(f"Pruned after epoch {epoch}, at which {self.metric} was {value:.6g}.")
 
 
-def pruning(hydra: DictConfig) -> list[pl.Callback]:
+def pruning(hydra: Any) -> list[pl.Callback]:
     """The callback of a job of a search that has a pruner; none of any other."""
     number = OmegaConf.select(hydra, "sweeper.trial")
     if number is None or hydra.sweeper.pruner is None:
@@ -58,6 +58,6 @@ def pruning(hydra: DictConfig) -> list[pl.Callback]:
     return [Pruning(Path(hydra.runtime.cwd, hydra.sweep.dir, STUDY), number)]
 
 
-def pruned_already(hydra: DictConfig, status: dict[str, Any]) -> bool:
+def pruned_already(hydra: Any, status: dict[str, Any]) -> bool:
     """Whether a job of a search has nothing to do, for its run was pruned before."""
     return OmegaConf.select(hydra, "sweeper.trial") is not None and status.get("state") == "pruned"
