@@ -73,8 +73,6 @@ def test_a_search_is_reported_goes_on_for_longer_and_is_not_taken_for_another(tm
         (["objective.bta=interval(0,1)"], "The search space does not fit the config: .*objective.bta"),
         (["objective.beta=interval(0,1)", "network=choice(mlp,nope)"], "does not fit the config: .*network/nope"),
         ([*SPACE, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0 must be a whole number of at least 1"),
-        ([*SPACE, "hydra.sweeper.sampler=tp"], "hydra.sweeper.sampler=tp is unknown: choose one of tpe, random, qmc"),
-        ([*SPACE, "hydra.sweeper.n_trial=3"], "n_trial"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused_in_a_sentence_and_leaves_no_study(asked, said, tmp_path):

@@ -10,7 +10,7 @@ from vae.engine.space import as_text, search_space
 from vae.errors import VAEError
 
 pytest.importorskip("optuna")
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 
 def space(*lines):
@@ -33,7 +33,7 @@ def space(*lines):
         ("range(0.1,0.5,0.1)", FloatDistribution(0.1, 0.4, step=0.1)),
         ("choice(2,4,8)", CategoricalDistribution(["2", "4", "8"])),
         ("2,4,2", CategoricalDistribution(["2", "4"])),
-        ("choice([4,2],'a b',true)", CategoricalDistribution(["[4,2]", "'a b'", "true"])),
+        ("choice([4,2],'a b',true)", CategoricalDistribution(["[4,2]", r"a\ b", "True"])),
     ],
 )
 def test_the_grammar_means_what_hydra_would_try_and_all_between_where_it_is_an_interval(text, drawn_from):

@@ -63,7 +63,9 @@ class SweepCallback(Callback):
         print_table(sweep, console)
         found = read_search(sweep)
         if found:
-            console.print(f"Search:      {found.tally()}; {found.best_in_words()}", highlight=False, markup=False)
+            console.print(
+                f"Search:      {found.tally()}; {found.best_in_words()}", highlight=False, markup=False, soft_wrap=True
+            )
         console.print(f"Report:      open {page}", highlight=False, soft_wrap=True)
         console.print(f"TensorBoard: tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
         refused = sorted(folder.glob(f"*/{REFUSED}"))
