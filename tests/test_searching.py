@@ -172,6 +172,15 @@ def test_without_a_reason_no_run_is_pruned_and_it_ends_as_one_outside_a_search(t
     search.close()
 
 
+def test_a_run_that_is_at_its_end_is_not_pruned_however_hopeless(tiny, tmp_path):
+    search = pruned_search(tmp_path / "study")
+    [trial] = search.next_batch(1, 3)
+    pruning = Pruning(tmp_path / "study" / STUDY, trial.number)
+    metrics = train(tiny("trainer.max_epochs=1", "logger=none"), tmp_path / "run", [], False, False, [pruning])
+    assert search.trials()[1].intermediate_values == {1: metrics["val/elbo"]}
+    search.close()
+
+
 def test_a_metric_that_no_validation_measures_is_told(tiny, tmp_path):
     search = pruned_search(tmp_path / "study", pruned_by="val/eblo")
     [trial] = search.next_batch(1, 3)

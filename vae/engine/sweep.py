@@ -53,7 +53,7 @@ class SweepCallback(Callback):
         from rich.console import Console
 
         from vae.report import print_table, read_sweep, write_report
-        from vae.report.runs import FAILED
+        from vae.report.runs import CUT_OFF
         from vae.report.search import read_search
 
         folder = Path(config.hydra.sweep.dir)
@@ -75,9 +75,9 @@ class SweepCallback(Callback):
                 highlight=False,
                 markup=False,
             )
-        if found and any(trial.state == "running" for trial in found.trials):
-            console.print("Still running: trials of another process of this search, which will write the report again.")
-            sys.exit(1 if refused or any(run.state == FAILED for run in sweep.runs) else 0)
+        if found and (elsewhere := [run for run in sweep.failed if run.state == CUT_OFF]):  # its own have all ended
+            console.print(f"Another process of this search is at {len(elsewhere)} more, and writes the report again.")
+            sys.exit(1 if refused or len(sweep.failed) > len(elsewhere) else 0)
         if refused or not sweep.complete:
             sys.exit(1)
 
