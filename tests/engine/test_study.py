@@ -146,10 +146,10 @@ def test_a_batch_that_a_kill_cut_short_is_proposed_to_its_end_before_any_of_it_i
     search.close()
 
 
-@pytest.mark.parametrize("pruner", ["median", "hyperband"])
-def test_what_is_pruned_is_worse_than_what_is_not(pruner):
-    """Trials whose values are 0 to 9 in turn, the same in each of nine epochs."""
-    study = optuna.create_study(pruner=make_pruner(pruner, {}, 9))
+@pytest.mark.parametrize(("pruner", "epochs"), [("median", {1}), ("hyperband", {1, 3, 9})])
+def test_what_is_pruned_is_worse_than_what_is_not(pruner, epochs):
+    """Trials whose values are 0 to 9 in turn, the same in each of nine epochs: Hyperband has a bracket for 1, 3 and 9."""
+    study = optuna.create_study(study_name=NAME, pruner=make_pruner(pruner, {}, 9))
     for number in range(40):
         trial, value = study.ask(), float(7 * number % 10)
         for epoch in range(1, 10):
@@ -161,6 +161,7 @@ def test_what_is_pruned_is_worse_than_what_is_not(pruner):
             study.tell(trial, value)
     pruned, kept = ([t.value for t in study.trials if t.state.name == state] for state in ("PRUNED", "COMPLETE"))
     assert len(pruned) >= 12
+    assert {trial.last_step for trial in study.trials if trial.state.name == "PRUNED"} == epochs
     assert sum(pruned) / len(pruned) > sum(kept) / len(kept) + 2
     assert kept.count(0.0) == 4
 
