@@ -19,7 +19,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from vae.cli import TRANSIENT
+from vae.cli import TRANSIENT, resuming
 from vae.engine.search import metrics_of, sweep_directions
 from vae.engine.space import as_text, search_space
 from vae.engine.study import Search, Terms, Trial, require_optuna
@@ -51,6 +51,8 @@ def search(
     the sweep's folder that is of another search.
     """
     require_optuna()
+    from optuna.exceptions import StorageInternalError
+
     whole("hydra.sweeper.n_trials", n_trials)
     whole("hydra.sweeper.n_jobs", n_jobs, optional=True)
     whole("hydra.sweeper.seed", seed, least=0)
@@ -62,6 +64,8 @@ def search(
     space = search_space(list(overrides.values()))
     jobs = Jobs(config, loader, list(overrides.values()), space)
     first = jobs.first()
+    if resuming(first.resume) == "restart":
+        raise VAEError("resume=restart: a search is begun anew in another folder, and gone on with by resume=true.")
     folder = Path(config.hydra.sweep.dir)
     terms = terms_of(first, space, sampler, sampler_options or {}, seed, pruner, pruner_options or {})
 
@@ -75,6 +79,9 @@ def search(
                 log.info(f"Trial {proposed.number} {state}: {result}")
             mine.summarise()
         mine.summarise(with_importance=True)
+    except StorageInternalError as error:
+        why = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+        raise VAEError(f"{mine.path} cannot be read or written: {why}.") from error
     finally:
         mine.close()
 
