@@ -19,7 +19,8 @@ from vae.engine.callbacks.pruning import Pruning, pruned_already
 from vae.engine.run import train
 from vae.engine.search import Pruned
 from vae.engine.searching import terms_of
-from vae.engine.study import STUDY, Search, Terms, load_study
+from vae.engine.study import Search, Terms
+from vae.engine.study_file import STUDY, load_study
 from vae.errors import VAEError
 from vae.report import read_sweep
 

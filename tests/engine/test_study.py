@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from vae.engine.study import NAME, STUDY, Search, Terms, check_file, differing, load_study, require_optuna, summary_of
+from vae.engine.study import Search, Terms, differing, summary_of
+from vae.engine.study_file import NAME, STUDY, check_file, load_study, require_optuna
 from vae.errors import VAEError
 
 optuna = pytest.importorskip("optuna")

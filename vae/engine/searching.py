@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from vae.cli import TRANSIENT, resuming
 from vae.engine.search import metrics_of, sweep_directions
 from vae.engine.space import as_text, search_space
-from vae.engine.study import Search, Terms, Trial, require_optuna
+from vae.engine.study import Search, Terms, Trial
+from vae.engine.study_file import require_optuna
 from vae.errors import VAEError, whole
 
 log = logging.getLogger(__name__)

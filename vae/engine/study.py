@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sqlite3
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
+from vae.engine.study_file import NAME, STUDY, load_study, require_optuna, storage_of
 from vae.errors import VAEError
 from vae.files import write_json
 
@@ -27,18 +26,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-STUDY, SUMMARY = "study.db", "search.json"
-NAME = "search"  # of the study in the file; Hyperband's brackets follow from it
+SUMMARY = "search.json"
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running", "WAITING": "running"}
-
-
-def require_optuna() -> None:
-    """Raises VAEError where Optuna is not installed."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise VAEError("hydra/sweeper=optuna needs Optuna: pip install 'vae[search]'.") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass(frozen=True)
@@ -78,58 +67,6 @@ class Trial:
     number: int
     parameters: dict[str, Any]
     folder: str
-
-
-def load_study(path: Path, **parts: Any) -> Study:
-    """The search in the file, which must be there. Raises VAEError for a file that holds none, or that this Optuna cannot
-    read."""
-    import optuna
-
-    check_file(path)
-    try:
-        storage = _storage(path)
-        return optuna.load_study(study_name=NAME, storage=storage, **parts)
-    except KeyError as error:
-        raise VAEError(
-            f"{path} is a study of Optuna, but of no search of this project: choose another folder."
-        ) from error
-
-
-def _storage(path: Path) -> Any:
-    import optuna
-
-    def connect() -> (
-        sqlite3.Connection
-    ):  # a path within a URL is quoted in one version of SQLAlchemy and not in another
-        return sqlite3.connect(path.resolve(), timeout=120, check_same_thread=False)
-
-    try:
-        return optuna.storages.RDBStorage("sqlite:///study.db", engine_kwargs={"creator": connect})
-    except RuntimeError as error:
-        if "compatible with the table schema" not in str(error):
-            raise
-        wrote = _query(path, "SELECT library_version FROM version_info")
-        raise VAEError(
-            f"{path} was written by Optuna {wrote[0][0] if wrote else '(unknown)'}, whose tables Optuna {optuna.__version__}, "
-            "which is installed, does not read: install that version, or choose another folder."
-        ) from error
-
-
-def check_file(path: Path) -> None:
-    """Raises VAEError for a file that is there and no study of Optuna's: it is left as it is."""
-    try:
-        tables = {name for (name,) in _query(path, "SELECT name FROM sqlite_master")}
-    except sqlite3.Error as error:
-        raise VAEError(f"{path} is no study: {str(error).rstrip('.')}. Choose another folder.") from error
-    if not {"studies", "trials", "version_info"} <= tables:
-        raise VAEError(f"{path} is no study of Optuna's: choose another folder.")
-
-
-def _query(path: Path, sql: str) -> list[Any]:
-    with contextlib.closing(
-        sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro", uri=True, timeout=120)
-    ) as file:
-        return file.execute(sql).fetchall()
 
 
 def differing(there: Mapping[str, Any], now: Mapping[str, Any], taken_over: Sequence[str] = ()) -> str | None:
@@ -207,7 +144,7 @@ class Search:
 
         temporary = self.folder / f".{STUDY}.tmp"
         temporary.unlink(missing_ok=True)
-        storage = _storage(temporary)
+        storage = storage_of(temporary)
         directions = [StudyDirection[direction.upper()] for direction in self.terms.directions]
         study = optuna.create_study(study_name=NAME, storage=storage, directions=directions)
         study.set_user_attr("terms", self.terms.stored())

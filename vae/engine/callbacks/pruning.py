@@ -26,7 +26,7 @@ class Pruning(pl.Callback):
         from optuna.trial import Trial
 
         from vae.engine.samplers import make_pruner
-        from vae.engine.study import load_study
+        from vae.engine.study_file import load_study
 
         found = load_study(study, sampler=RandomSampler())  # the parameters are drawn already
         terms = found.user_attrs["terms"]
@@ -53,7 +53,7 @@ def pruning(hydra: Any) -> list[pl.Callback]:
     number = OmegaConf.select(hydra, "sweeper.trial")
     if number is None or hydra.sweeper.pruner is None:
         return []
-    from vae.engine.study import STUDY
+    from vae.engine.study_file import STUDY
 
     return [Pruning(Path(hydra.runtime.cwd, hydra.sweep.dir, STUDY), number)]
 
