@@ -27,6 +27,7 @@ GROUPS = {
     "trainer": "Trainers",
     "logger": "Loggers",
     "callbacks": "Callbacks",
+    "hydra/sweeper": "Searches",
 }
 MADE = "<!-- made by docs/generate.py: edit the code, then run make docs -->\n\n"
 

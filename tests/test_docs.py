@@ -155,7 +155,7 @@ def test_every_setting_that_a_sentence_or_a_page_names_exists():
     keys, options = known_settings()
     groups = {option.partition("=")[0] for option in options} - {"."}
     first = "|".join(
-        {group.split("/")[0] for group in groups} | {key.split(".")[0] for key in keys if "." in key} - {"hydra"}
+        ({group.split("/")[0] for group in groups} | {key.split(".")[0] for key in keys if "." in key}) - {"hydra"}
     )
     texts = {}
     for path in sorted((ROOT / "vae").rglob("*.py")):

@@ -115,6 +115,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_its_configs_but_none_that_need_a_checkout(wheel):
     files = set(zipfile.ZipFile(wheel).namelist())
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "vae").rglob("*") if path.is_file()}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "hydra_plugins").rglob("*.py")}
     expected |= {f"vae/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     expected = {name for name in expected if "__pycache__" not in name and not name.startswith("vae/conf/experiment/")}
     expected.add("vae/conf/experiment/digits_sweep.yaml")

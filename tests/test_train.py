@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from vae.cli import CONFIGS
+from vae.engine.search import Pruned
 from vae.engine.sweep import REFUSED
 from vae.train import main
 
@@ -58,10 +59,26 @@ def test_a_job_returns_the_metrics_that_were_asked_for_and_the_worst_where_it_fa
     asked = ["sweep_metric=[test/elbo,val/loss]"]
     measured = job(*asked)
     found = json.loads((tmp_path / "job" / "metrics.json").read_text())
-    assert measured == [found["test/elbo"], found["val/loss"]]
-    assert job("optimizer.lr=1e30", "resume=true", *asked) == [-math.inf, math.inf]
+    assert measured == (found["test/elbo"], found["val/loss"])
+    assert job("optimizer.lr=1e30", "resume=true", *asked) == (-math.inf, math.inf)
     assert "optimizer.lr is 0.001 there and 1e+30 now" in json.loads((tmp_path / "job" / REFUSED).read_text())["reason"]
     (tmp_path / "job" / REFUSED).unlink()
     assert job("optimizer.lr=1e30", "resume=restart", "trainer.max_epochs=3") == -math.inf
     assert json.loads((tmp_path / "job" / "status.json").read_text())["state"] == "failed"
     assert not (tmp_path / "job" / REFUSED).exists()
+
+
+def test_a_run_that_a_search_prunes_returns_nothing_now_and_when_its_job_is_started_again(job, tmp_path, monkeypatch):
+    def hopeless(*_, callbacks):
+        assert callbacks == []  # of a search without a pruner
+        raise Pruned("Pruned after epoch 3.")
+
+    trial = ["hydra/sweeper=optuna", "hydra.sweeper.trial=1"]
+    monkeypatch.setattr("vae.engine.run.train", lambda *args, progress_bar, **others: hopeless(**others))
+    assert job(*trial) is None
+    monkeypatch.setattr("vae.engine.run.train", lambda *args, **others: {"val/best_loss": 1.0, "val/best_elbo": -1.0})
+    assert job(*trial) == -1.0
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "status.json").write_text('{"state": "pruned"}')
+    assert job(*trial) is None
+    assert job() == -1.0  # of a sweep that is no search

@@ -11,13 +11,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from vae.cli import CONFIGS, name_extras, quote_run, rename_old, resuming, sentences
-from vae.engine.search import sweep_value
+from vae.engine.search import Pruned, sweep_value
 from vae.engine.sweep import REFUSED
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="train")
-def main(config: DictConfig) -> float | list[float] | None:
-    """Of a run of a sweep, returns `sweep_metric` to the sweeper, and for one that failed the worst value there is."""
+def main(config: DictConfig) -> float | tuple[float, ...] | None:
+    """Of a run of a sweep, returns `sweep_metric` to the sweeper, for one that failed the worst value there is, and for one
+    that a search has pruned None."""
+    from vae.engine.callbacks.pruning import pruned_already, pruning
     from vae.engine.folder import read_status, resumed_config
     from vae.engine.run import tested_weights, train  # only now: importing torch takes seconds, and --help should not
     from vae.errors import VAEError
@@ -39,10 +41,16 @@ def main(config: DictConfig) -> float | list[float] | None:
     try:
         constant = hydra_config.job.config.override_dirname.exclude_keys
         overrides = [override for override in overrides if override.partition("=")[0] not in constant]
+        if pruned_already(hydra_config, read_status(folder)):
+            return None
         # The sweep's folder was empty when it began: what is there is of this very run, whose job was started again.
-        metrics = train(config, folder, overrides, resuming(config.resume) or True, progress_bar=False)
+        resume = resuming(config.resume) or True
+        metrics = train(config, folder, overrides, resume, progress_bar=False, callbacks=pruning(hydra_config))
         log.info(f"finished {folder.name}: {tested_weights(metrics)}")
         return sweep_value(config, metrics)
+    except Pruned as reason:
+        log.info(f"pruned   {folder.name}: {reason}")
+        return None
     except VAEError as error:
         log.error(f"FAILED   {folder.name}: {error}")
         if read_status(folder).get("state") != "failed":  # refused, and what is there was left as it was

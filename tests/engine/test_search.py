@@ -27,14 +27,14 @@ def asked(metric, direction=None, **hydra):
         ("test/nll_iw500", None, ["minimize"], 19, math.inf),
         ("val/active_units", "maximize", ["maximize"], 3, -math.inf),
         ("val/elbo", "minimize", ["minimize"], -20, math.inf),
-        (["val/elbo", "val/loss"], None, ["maximize", "minimize"], [-20, 30], [-math.inf, math.inf]),
-        (["val/elbo", "val/loss"], "minimize", ["minimize", "minimize"], [-20, 30], [math.inf, math.inf]),
+        (["val/elbo", "val/loss"], None, ["maximize", "minimize"], (-20, 30), (-math.inf, math.inf)),
+        (["val/elbo", "val/loss"], "minimize", ["minimize", "minimize"], (-20, 30), (math.inf, math.inf)),
         (
             ["val/active_units", "val/elbo"],
             ["minimize", None],
             ["minimize", "maximize"],
-            [3, -20],
-            [math.inf, -math.inf],
+            (3, -20),
+            (math.inf, -math.inf),
         ),
     ],
 )

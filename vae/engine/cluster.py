@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
@@ -121,11 +121,11 @@ class _Launcher:
         with contextlib.suppress(Exception):  # a damaged file
             outcome, result = job._get_outcome_and_result() if job.paths.result_pickle.exists() else ("lost", "")
             if outcome == "success":
-                return result
-            why = result.strip().splitlines()[-1] if result else ""
+                return cast(JobReturn, result)
+            why = str(result).strip().splitlines()[-1] if result else ""
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        with open_dict(config.hydra.job) as described:  # what the name of its folder may be made of
-            described.id, described.num = job.job_id, number
+        with open_dict(config):  # what the name of its folder may be made of
+            config.hydra.job.id, config.hydra.job.num = job.job_id, number
         folder = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
         status: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):  # none, or damaged

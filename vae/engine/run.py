@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from vae.engine.folder import (
 )
 from vae.engine.module import Means, VAEModule
 from vae.engine.per_image import write_per_image
+from vae.engine.search import Pruned
 from vae.engine.trainer import ACCELERATORS, build_trainer, set_threads, trainer_options, warn_of_unreached_weight
 from vae.errors import VAEError, choose, whole
 from vae.evaluation.likelihood import MOST_SAMPLES
@@ -55,8 +56,9 @@ def train(
     overrides: list[str],
     resume: bool | str = False,
     progress_bar: bool = True,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> dict[str, float]:
-    """Train, test and record a run in `folder`; returns its metrics.
+    """Train, test and record a run in `folder`; returns its metrics. callbacks: besides those of the config.
 
     Writes config.yaml, environment.json, status.json, checkpoints, pictures, per_image-test.npz and, last, metrics.json.
     Whatever ends the run early is written to status.json before it is raised again.
@@ -111,13 +113,15 @@ def train(
             if checkpoint:
                 steps, before = reached(checkpoint)
                 logging.getLogger(__name__).info(f"{folder.name} goes on from step {steps:,}, its last checkpoint.")
-            metrics, status["epochs"] = _fit_and_test(config, folder, overrides, checkpoint, progress_bar)
+            metrics, status["epochs"] = _fit_and_test(config, folder, overrides, checkpoint, progress_bar, callbacks)
             status["state"] = "finished"
         except BaseException as error:
             if is_disk_full(error) and not isinstance(error, VAEError):  # TensorBoard's writer says so in its own way
                 error = VAEError(f"There is no space left on the disk to write to {folder}.")
-            status["state"] = "failed"
-            status["reason"] = str(error) if isinstance(error, VAEError) else f"{type(error).__name__}: {error}"
+            status["state"] = "pruned" if isinstance(error, Pruned) else "failed"
+            status["reason"] = (
+                str(error) if isinstance(error, VAEError | Pruned) else f"{type(error).__name__}: {error}"
+            )
             if isinstance(error, KeyboardInterrupt | SystemExit):  # a cluster's job ends itself by the latter
                 status["reason"] = "interrupted"
             raise error
@@ -149,13 +153,18 @@ def _say_what_had_no_effect(folder: Path, changed: dict[str, tuple[Any, Any]]) -
 
 
 def _fit_and_test(
-    config: DictConfig, folder: Path, overrides: list[str], checkpoint: Path | None, progress_bar: bool
+    config: DictConfig,
+    folder: Path,
+    overrides: list[str],
+    checkpoint: Path | None,
+    progress_bar: bool,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> tuple[dict[str, float], int]:
     remove_leftovers(folder)
     data, module = build(config)
     write_json(folder / "facts.json", facts(config, data, module, overrides))
     module.progress_bar = progress_bar
-    trainer = build_trainer(config, folder, tuple(overrides), progress_bar)
+    trainer = build_trainer(config, folder, tuple(overrides), progress_bar, callbacks)
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(trainer, name) == 0:
             raise VAEError(f"trainer.{name}=0 leaves nothing to train: ask for at least 1.")

@@ -1,4 +1,4 @@
-"""What a run of a sweep returns to the sweeper that started it, such as Optuna's. Imports no torch."""
+"""What a run of a sweep returns to the sweeper that started it, such as a search with Optuna. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import math
 from omegaconf import DictConfig
 
 from vae.errors import VAEError
+
+
+class Pruned(Exception):
+    """A run of a search was ended because its validations were hopeless; the message says when and at what."""
 
 
 def metrics_of(config: DictConfig) -> list[str]:
@@ -37,8 +41,9 @@ def sweep_directions(config: DictConfig) -> list[str]:
     return directions
 
 
-def sweep_value(config: DictConfig, metrics: dict[str, float] | None) -> float | list[float]:
-    """What a run returns to its sweeper; of a run that failed, `None`, the worst: Optuna's ends the search at a NaN.
+def sweep_value(config: DictConfig, metrics: dict[str, float] | None) -> float | tuple[float, ...]:
+    """What a run returns to its sweeper, a tuple of several metrics; of a run that failed, `None`, the worst: a NaN would
+    end the search of sweepers that are not this project's.
 
     Raises VAEError for a metric that was not measured.
     """
@@ -49,4 +54,4 @@ def sweep_value(config: DictConfig, metrics: dict[str, float] | None) -> float |
         raise VAEError(f"sweep_metric={missing[0]} was not measured: choose from {', '.join(sorted(metrics))}.")
     else:
         values = [metrics[name] for name in names]
-    return values[0] if len(values) == 1 else values
+    return values[0] if len(values) == 1 else tuple(values)

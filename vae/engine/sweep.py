@@ -53,12 +53,19 @@ class SweepCallback(Callback):
         from rich.console import Console
 
         from vae.report import print_table, read_sweep, write_report
+        from vae.report.runs import CUT_OFF
+        from vae.report.search import read_search
 
         folder = Path(config.hydra.sweep.dir)
         sweep = read_sweep(folder)
         page = write_report(sweep)
         console = Console()
         print_table(sweep, console)
+        found = read_search(sweep)
+        if found:
+            console.print(
+                f"Search:      {found.tally()}; {found.best_in_words()}", highlight=False, markup=False, soft_wrap=True
+            )
         console.print(f"Report:      open {page}", highlight=False, soft_wrap=True)
         console.print(f"TensorBoard: tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
         refused = sorted(folder.glob(f"*/{REFUSED}"))
@@ -68,6 +75,9 @@ class SweepCallback(Callback):
                 highlight=False,
                 markup=False,
             )
+        if found and (elsewhere := [run for run in sweep.failed if run.state == CUT_OFF]):  # its own have all ended
+            console.print(f"Another process of this search is at {len(elsewhere)} more, and writes the report again.")
+            sys.exit(1 if refused or len(sweep.failed) > len(elsewhere) else 0)
         if refused or not sweep.complete:
             sys.exit(1)
 

@@ -87,7 +87,11 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
 
 
 def build_trainer(
-    config: DictConfig, folder: Path | None = None, overrides: tuple[str, ...] = (), progress_bar: bool = False
+    config: DictConfig,
+    folder: Path | None = None,
+    overrides: tuple[str, ...] = (),
+    progress_bar: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
     """A Lightning Trainer; with `folder=None` one that only measures and writes nothing."""
     quiet_lightning()
@@ -102,6 +106,7 @@ def build_trainer(
                 *(instantiate(callback) for callback in config.callbacks.values() if callback is not None),
                 HyperParameters(compared(config, overrides)),
                 LoggedRun(settings(config)),
+                *callbacks,
             ],
             "logger": make_loggers(config, folder) or False,
         }

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vae.files import write_atomically, write_text
 from vae.report.pictures import Gallery, chosen, galleries
 from vae.report.plots import draw
 from vae.report.runs import Run, flatten
+from vae.report.search import Search, draw_search, drawn_value, read_search
 from vae.report.seeds import best_runs, mean, replicates, spread, uneven
 from vae.report.sweep import Sweep, read_sweep
 from vae.report.tables import Column, count, csv_text, means_csv, nats, number_columns, tally
@@ -65,9 +67,10 @@ def write_report(folder: str | Path | Sweep) -> Path:
     """
     sweep = folder if isinstance(folder, Sweep) else read_sweep(folder)
     report = sweep.folder / "report"
-    plots = draw(sweep)
+    plots, search = draw(sweep), read_search(sweep)
+    of_search = draw_search(sweep, search) if search else []
     try:
-        drawn = {report / "plots" / f"{plot.name}.png": plot.png for group in plots for plot in group}
+        drawn = {report / "plots" / f"{plot.name}.png": plot.png for group in [*plots, of_search] for plot in group}
         for path, png in drawn.items():
             write_atomically(path, lambda file, png=png: file.write(png))
         for stale in set((report / "plots").glob("*.png")) - set(drawn):
@@ -77,13 +80,13 @@ def write_report(folder: str | Path | Sweep) -> Path:
             write_text(report / "means.csv", means_csv(sweep))
         else:
             (report / "means.csv").unlink(missing_ok=True)
-        write_text(report / "index.html", render(sweep, plots))
+        write_text(report / "index.html", render(sweep, plots, search, of_search))
     except OSError as error:
         raise VAEError(f"The report cannot be written to {str(report)!r}: {error.strerror or error}.") from error
     return report / "index.html"
 
 
-def render(sweep: Sweep, plots: list[list[Any]]) -> str:
+def render(sweep: Sweep, plots: list[list[Any]], search: Search | None = None, of_search: Sequence[Any] = ()) -> str:
     """The page. Everything that comes from configs, names and files is escaped; only our own script may run."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -108,6 +111,9 @@ def render(sweep: Sweep, plots: list[list[Any]]) -> str:
             "../" if run.folder == sweep.folder else f"../{quote(os.fsencode(run.folder.relative_to(sweep.folder)))}/"
         ),
         plots=plots,
+        search=search,
+        of_search=of_search,
+        drawn_value=drawn_value,
         galleries=shown,
         pictured=(len(chosen(sweep)), sum(bool(run.pictures) for run in sweep.runs)),
         thumb=_thumb(shown),

@@ -14,7 +14,7 @@ import yaml
 
 from vae.files import refuse_aliases
 
-FINISHED, FAILED, CUT_OFF, DAMAGED = "finished", "failed", "cut off", "damaged"
+FINISHED, PRUNED, FAILED, CUT_OFF, DAMAGED = "finished", "pruned", "failed", "cut off", "damaged"
 
 _MARKERS = ("config.yaml", "overrides.yaml", "status.json", "metrics.json")
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -26,9 +26,10 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 class Run:
     """What a run's folder says. `settings`, `seed`, `data` are filled in by `read_sweep`, which sees all runs.
 
-    name: the folder's path within the sweep, as text that can be written. state: finished, failed, cut off or damaged;
-    reason: one sentence for the last three. config: flat, "model.latent_dim" -> value. metrics: flat floats, in the unit
-    their name says. settings: swept key -> value. facts: what facts.json says, nothing for a run of an earlier version.
+    name: the folder's path within the sweep, as text that can be written. state: finished, pruned (by a search), failed,
+    cut off or damaged; reason: one sentence for all but the first. config: flat, "model.latent_dim" -> value. metrics: flat
+    floats, in the unit their name says. settings: swept key -> value. facts: what facts.json says, nothing for a run of an
+    earlier version.
     data: the label of the data set; ELBOs compare only between runs with the same label.
     """
 
@@ -80,15 +81,15 @@ def read_run(folder: Path, name: str) -> Run:
                     problems.append(str(error))
         return None
 
-    config = read(_read_mapping, "config.yaml")
+    config = read(read_mapping, "config.yaml")
     overrides = read(_read_yaml, "overrides.yaml")
-    status = read(_read_mapping, "status.json") or {}
+    status = read(read_mapping, "status.json") or {}
     metrics = read(_read_metrics, "metrics.json")
-    facts = read(_read_mapping, "facts.json") or {}
+    facts = read(read_mapping, "facts.json") or {}
     environment = {}
     try:
         if (folder / "environment.json").is_file():
-            environment = _read_mapping(folder / "environment.json")
+            environment = read_mapping(folder / "environment.json")
     except Damaged:  # says how the numbers were made, not what they are: the run still counts
         environment = {"environment.json": "damaged"}
 
@@ -117,6 +118,8 @@ def _state(status: dict[str, Any], metrics: dict[str, float] | None, problems: l
     state, reason = status.get("state"), status.get("reason")
     if state == FAILED:
         return FAILED, str(reason) if reason else "It failed without saying why."
+    if state == PRUNED:
+        return PRUNED, str(reason) if reason else "A search ended it."
     if problems:
         return DAMAGED, "; ".join(problems) + "."
     if state not in (None, FINISHED):
@@ -153,7 +156,7 @@ def _read_json(path: Path) -> Any:
         raise Damaged(f"{path.name} is damaged ({_first_line(error)})") from error
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
     value = _read_json(path) if path.suffix == ".json" else _read_yaml(path)
     if not isinstance(value, dict):
         raise Damaged(f"{path.name} is damaged (it holds no table of names and values)")
@@ -162,7 +165,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 def _read_metrics(path: Path) -> dict[str, float]:
     metrics = {}
-    for key, value in _read_mapping(path).items():
+    for key, value in read_mapping(path).items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise Damaged(f"{path.name} is damaged ({key} is not a number)")
         number = math.nan if value is None else value

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vae.errors import VAEError
-from vae.report.runs import DAMAGED, FINISHED, Run, find_run_folders, parse_scalar, read_run, read_yaml
+from vae.report.runs import DAMAGED, FINISHED, PRUNED, Run, find_run_folders, parse_scalar, read_run, read_yaml
 from vae.report.values import canonical, format_value, is_number, sort_key
 
 # Where and how a run was made, not what it is.
@@ -55,11 +55,11 @@ class Sweep:
     @property
     def failed(self) -> tuple[Run, ...]:
         """Every run without a result: it failed, was cut off (or still runs), or its files are damaged."""
-        return tuple(run for run in self.runs if not run.finished)
+        return tuple(run for run in self.runs if not run.finished and run.state != PRUNED)
 
     @property
     def complete(self) -> bool:
-        """Every run that was asked for finished."""
+        """Every run that was asked for finished, or was pruned by its search."""
         return not self.failed and not self.missing
 
     @property

@@ -117,7 +117,11 @@ def count(n: int, noun: str) -> str:
 def tally(sweep: Sweep) -> str:
     """ "12 runs: 10 finished, 1 failed, 1 cut off, 2 missing"."""
     by_state = states(sweep.runs)
-    parts = [f"{by_state[state]} {state}" for state in ("finished", "failed", "cut off", "damaged") if by_state[state]]
+    parts = [
+        f"{by_state[state]} {state}"
+        for state in ("finished", "pruned", "failed", "cut off", "damaged")
+        if by_state[state]
+    ]
     parts += [f"{len(sweep.missing)} missing"] if sweep.missing else []
     return f"{count(len(sweep.runs), 'run')}: {', '.join(parts)}"
 
