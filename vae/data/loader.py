@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vae import ranks
 from vae.data.images import Batch, ImageSet
 from vae.data.pairs import Partners
 from vae.seeding import derive, generator
@@ -25,12 +26,9 @@ class EpochSampler:
         batch_size: int,
         seed: int,
         shuffle: bool,
-        rank: int = 0,
-        world_size: int = 1,
         guests: tuple[Tensor, int] | None = None,
     ) -> None:
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
-        self.rank, self.world_size = rank, world_size
         self.guests = guests
         self.epoch = 0
 
@@ -38,25 +36,20 @@ class EpochSampler:
         """Called by Lightning at the start of each epoch."""
         self.epoch = epoch if self.shuffle else 0
 
-    @property
-    def per_rank(self) -> int:
-        # every process takes equally many images, or collective calls would wait for ever
-        return self.size // self.world_size if self.shuffle else -(-(self.size - self.rank) // self.world_size)
-
     def __len__(self) -> int:
-        return -(-self.per_rank // self.batch_size)
+        return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.shuffle:
             order = torch.randperm(self.size, generator=generator(self.seed, "order", self.epoch))
         else:
             order = torch.arange(self.size)
-        batches = order[self.rank :: self.world_size][: self.per_rank].split(self.batch_size)
+        batches = order.split(self.batch_size)
         if self.guests is None:
             yield from batches
             return
         indices, n = self.guests
-        noise = generator(self.seed, "guests", self.epoch, self.rank)
+        noise = generator(self.seed, "guests", self.epoch, 0)
         for batch in batches:
             yield torch.cat([batch, indices[torch.randperm(len(indices), generator=noise)[:n]]])
 
@@ -66,6 +59,7 @@ class BatchLoader:
 
     A split in memory is gathered by index, with no worker and no collation; one that is `streaming`
     goes through an ordinary `DataLoader` with `num_workers` processes. partners: makes those of a batch from its y.
+    Where several ranks train one run, each yields whole batches, of which it reads its own rows from the disk.
     """
 
     def __init__(
@@ -86,11 +80,12 @@ class BatchLoader:
         return len(self.sampler)
 
     def _gathered(self, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        if self.images.streaming:
-            return iter(
-                DataLoader(_Gather(self.images), sampler=indices, batch_size=None, num_workers=self.num_workers)
-            )
-        return map(self.images.gather, indices)
+        if not self.images.streaming:
+            return map(self.images.gather, indices)
+        several = ranks.world_size() > 1
+        read = [ranks.own(index) for index in indices] if several else indices
+        loaded = iter(DataLoader(_Gather(self.images), sampler=read, batch_size=None, num_workers=self.num_workers))
+        return map(_together, loaded, indices) if several else loaded
 
     def __iter__(self) -> Iterator[Batch]:
         skip, self._skip = self._skip, 0
@@ -98,7 +93,7 @@ class BatchLoader:
         indices = list(self.sampler)[skip:]
         for number, (x, y) in enumerate(self._gathered(indices), start=skip):
             self._done = number + 1
-            seed = derive(self.sampler.seed, self.stream, self.sampler.epoch, self.sampler.rank, number)
+            seed = derive(self.sampler.seed, self.stream, self.sampler.epoch, 0, number)
             partner = None if self.partners is None else self.partners(y, generator(seed, "partners"))
             yield Batch(x, y, seed, partner)
         self._done = 0
@@ -108,6 +103,11 @@ class BatchLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._skip = state["batches_done"] % len(self)  # a finished epoch is followed by a whole one
+
+
+def _together(own: tuple[Tensor, Tensor | None], index: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, y = own
+    return ranks.joined(x, len(index)), None if y is None else ranks.joined(y, len(index))
 
 
 class _Gather(torch.utils.data.Dataset):

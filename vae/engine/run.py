@@ -20,6 +20,7 @@ from vae.data.module import ImageDataModule
 from vae.engine.build import build, run_length
 from vae.engine.callbacks.records import Reporter
 from vae.engine.checkpoints import choose_weights, load_weights, seconds_before
+from vae.engine.devices import Crew, crew, refuse_what_depends_on_rows
 from vae.engine.folder import (
     MEASURING,
     begins_with,
@@ -38,7 +39,16 @@ from vae.engine.folder import (
     refuse_other_training,
 )
 from vae.engine.module import Means, VAEModule
-from vae.engine.trainer import ACCELERATORS, build_trainer, set_threads, trainer_options, warn_of_unreached_weight
+from vae.engine.trainer import (
+    ACCELERATORS,
+    backend,
+    build_trainer,
+    device_count,
+    quiet_lightning,
+    set_threads,
+    trainer_options,
+    warn_of_unreached_weight,
+)
 from vae.errors import VAEError, choose, whole
 from vae.evaluation.likelihood import MOST_SAMPLES
 from vae.evaluation.measures import MEASURES, check_options
@@ -102,7 +112,9 @@ def train(
         started, before = time.monotonic(), 0.0
         try:
             before = seconds_before(checkpoint) if checkpoint else 0.0
-            metrics, status["epochs"] = _fit_and_test(config, folder, overrides, checkpoint, progress_bar)
+            options = trainer_options(config)
+            with crew(device_count(options), backend(options), config, folder, checkpoint) as ranks:
+                metrics, status["epochs"] = _fit_and_test(config, folder, overrides, checkpoint, progress_bar, ranks)
             status["state"] = "finished"
         except BaseException as error:
             if is_disk_full(error) and not isinstance(error, VAEError):  # TensorBoard's writer says so in its own way
@@ -129,12 +141,27 @@ def _say_what_had_no_effect(folder: Path, changed: dict[str, tuple[Any, Any]]) -
         )
 
 
+def accompany(config: DictConfig, folder: Path, checkpoint: Path | None, ranks: Crew) -> None:
+    """What a rank above 0 does of `train`: all but write."""
+    quiet_lightning()
+    set_threads(config.threads)
+    torch.set_flush_denormal(True)
+    ranks.wait("rank 0 has its data")  # which it may have had to download
+    _fit_and_test(config, folder, [], checkpoint, False, ranks)
+
+
 def _fit_and_test(
-    config: DictConfig, folder: Path, overrides: list[str], checkpoint: Path | None, progress_bar: bool
+    config: DictConfig, folder: Path, overrides: list[str], checkpoint: Path | None, progress_bar: bool, ranks: Crew
 ) -> tuple[dict[str, float], int]:
-    remove_leftovers(folder)
+    if ranks.first:
+        remove_leftovers(folder)
     data, module = build(config)
-    write_json(folder / "facts.json", facts(config, data, module, overrides))
+    if ranks.world > 1:
+        refuse_what_depends_on_rows(module)
+    if ranks.first:
+        write_json(folder / "facts.json", facts(config, data, module, overrides))
+    ranks.tell("rank 0 has its data")
+    ranks.meet(data)
     module.progress_bar = progress_bar
     trainer = build_trainer(config, folder, tuple(overrides), progress_bar)
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
@@ -146,6 +173,8 @@ def _fit_and_test(
     warn_of_unreached_weight(module.objective, run_length(config.trainer, data)[0])
     with interruptions(trainer):
         trainer.fit(module, data, ckpt_path=checkpoint)
+    ranks.tell("best.ckpt is there")
+    ranks.wait("best.ckpt is there")
     metrics = module.epoch_terms()
     for callback in trainer.callbacks:
         if isinstance(callback, Reporter):
@@ -162,7 +191,8 @@ def _fit_and_test(
     with interruptions(trainer):
         trainer.test(module, data, verbose=False)
     metrics.update(_floats(trainer.callback_metrics, "test/"))
-    write_json(folder / "metrics.json", metrics)
+    if ranks.first:
+        write_json(folder / "metrics.json", metrics)
     return metrics, epochs
 
 

@@ -178,11 +178,13 @@ class Pictures(pl.callbacks.Checkpoint):
         due = (
             epoch // self.every_n_epochs > (epoch - apart) // self.every_n_epochs
         )  # validation may skip the very epoch
-        if due and module.validated == module.steps and not is_ending(trainer):  # the end's are drawn when it is tested
+        if trainer.is_global_zero and due and module.validated == module.steps and not is_ending(trainer):  # the end's are drawn when it is tested
             with a_warning_at_most():
                 self._draw(trainer, module)
 
     def on_test_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
+        if not trainer.is_global_zero:
+            return
         with a_warning_at_most():
             self._draw_last(trainer, module)
 
