@@ -38,6 +38,7 @@ from vae.engine.folder import (
     refuse_foreign_checkpoint,
     refuse_other_training,
 )
+from vae.engine.loggers import require_packages
 from vae.engine.module import Means, VAEModule
 from vae.engine.trainer import (
     ACCELERATORS,
@@ -79,7 +80,8 @@ def train(
     progress_bar = progress_bar and config.progress_bar
     settled = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in TRANSIENT}
     config = OmegaConf.create(settled)
-    trainer_options(config)
+    options = trainer_options(config)
+    require_packages(config)
     set_threads(config.threads)
     # Unused mixture components have denormal gradients, which are many times slower on a CPU.
     torch.set_flush_denormal(True)
@@ -112,7 +114,6 @@ def train(
         started, before = time.monotonic(), 0.0
         try:
             before = seconds_before(checkpoint) if checkpoint else 0.0
-            options = trainer_options(config)
             with crew(device_count(options), backend(options), config, folder, checkpoint) as ranks:
                 metrics, status["epochs"] = _fit_and_test(config, folder, overrides, checkpoint, progress_bar, ranks)
             status["state"] = "finished"
