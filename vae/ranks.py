@@ -1,4 +1,4 @@
-"""A batch shared out over the processes ("ranks") of one run: each takes its rows through the networks, and all have the result.
+"""A batch shared out over the processes ("ranks") of one run: each takes its rows through the networks, all have the result.
 
 Every rank holds the whole batch, draws the same noise for it and computes the same loss from it, batch statistics included;
 what costs, the networks, it computes for its own rows only. So an objective need not know of ranks, and one run on several
@@ -55,8 +55,11 @@ def sizes(n: int, world: int) -> list[int]:
 
 
 def own(x: Tensor, dim: int = 0) -> Tensor:
-    """This rank's rows of what every rank has. Where there are fewer rows than ranks, those left with none take the first, whose
-    result `joined` drops: no network is asked for nothing."""
+    """This rank's rows of what every rank has.
+
+    Where there are fewer rows than ranks, those left with none take the first, whose result `joined` drops: no network is
+    asked for nothing.
+    """
     if not x.requires_grad:
         return _cut(x, dim)
     return _Own.apply(x, dim)

@@ -163,9 +163,9 @@ def test_every_objective_gives_the_terms_and_gradients_of_the_whole_batch(tmp_pa
 
 def after_steps(data, module, shared):
     """The weights, buffers and optimiser's state after an epoch of training, float64, each batch with its schedule."""
-    module, step = module.double().train(), 0
+    module = module.double().train()
     optimizer, found = module.configure_optimizers(), []
-    for batch in data.train_dataloader():
+    for step, batch in enumerate(data.train_dataloader()):
         batch = data.prepare(batch, training=True)
         with ranks.sharing() if shared else contextlib.nullcontext():
             terms = module.objective(module.vae, batch._replace(x=batch.x.double()), generator(batch.seed, "z"), step)
@@ -176,14 +176,13 @@ def after_steps(data, module, shared):
             ranks.average_gradients(module.parameters())
         optimizer.step()
         found.append(terms["loss"].item())
-        step += 1
     return found, module.state_dict()
 
 
 @pytest.mark.parametrize("schedule", ["control", "geco"])
 def test_a_discriminator_and_a_controller_stay_equal_on_all_ranks(tmp_path, schedule):
-    case = ["objective=factor_vae", "objective.hidden=[8]", f"objective/schedule={schedule}", "objective.schedule.target=5"]
-    data, module = build(quickly(*case, "data.batch_size=9", "optimizer.lr=0.01"))
+    case = ["objective=factor_vae", "objective.hidden=[8]", f"objective/schedule={schedule}"]
+    data, module = build(quickly(*case, "objective.schedule.target=5", "data.batch_size=9", "optimizer.lr=0.01"))
     everyones = together(after_steps, 2, tmp_path, data, module, True)
     losses, state = after_steps(data, module, False)
     assert len(losses) == 8  # the last of one image
@@ -197,7 +196,9 @@ def test_a_discriminator_and_a_controller_stay_equal_on_all_ranks(tmp_path, sche
 # --- rows ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "world", "shares"), [(7, 3, [2, 2, 3]), (1, 3, [0, 0, 1]), (0, 2, [0, 0]), (8, 2, [4, 4])])
+@pytest.mark.parametrize(
+    ("n", "world", "shares"), [(7, 3, [2, 2, 3]), (1, 3, [0, 0, 1]), (0, 2, [0, 0]), (8, 2, [4, 4])]
+)
 def test_rows_are_shared_out_equally_and_none_twice(n, world, shares):
     assert ranks.sizes(n, world) == shares
 
@@ -265,7 +266,9 @@ def test_layers_that_look_at_the_rows_of_a_rank_are_refused(layer):
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2), torch.nn.GroupNorm(1, 2))
     refuse_what_depends_on_rows(module)
     module.append(layer)
-    with pytest.raises(VAEError, match=rf"trainer.devices: 3 is a {type(layer).__name__}, which .* use trainer.devices=1"):
+    with pytest.raises(
+        VAEError, match=rf"trainer.devices: 3 is a {type(layer).__name__}, which .* use trainer.devices=1"
+    ):
         refuse_what_depends_on_rows(module)
 
 
@@ -297,8 +300,9 @@ def test_what_is_right_on_several_devices_is_not_refused(options):
 
 # --- whole runs ---------------------------------------------------------------------------------------------------------
 
-RUN = ["data.limit=65", "data.batch_size=20", "data.eval_batch_size=20", "trainer.max_epochs=2", "trainer.log_every_n_steps=2"]
-RUN += ["callbacks=default", "callbacks.pictures.points=16", "callbacks.interruptible.every_n_steps=1", "progress_bar=false"]
+RUN = ["data.limit=65", "data.batch_size=20", "data.eval_batch_size=20", "trainer.max_epochs=2", "progress_bar=false"]
+RUN += ["trainer.log_every_n_steps=2", "callbacks=default", "callbacks.pictures.points=16"]
+RUN += ["callbacks.interruptible.every_n_steps=1"]
 UNLIKE = {"train/seconds_per_epoch"}
 
 
@@ -326,7 +330,9 @@ def test_a_command_on_two_devices_leaves_what_one_would_once(tmp_path):
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert close(metrics, expected, rel=1e-5)
     files = [
-        sorted(re.sub(r"\d{9,}.*", "", str(p.relative_to(f))) for p in f.rglob("*") if p.name not in ("train.log", ".lock"))
+        sorted(
+            re.sub(r"\d{9,}.*", "", str(p.relative_to(f))) for p in f.rglob("*") if p.name not in ("train.log", ".lock")
+        )
         for f in (tmp_path / "alone", tmp_path / "two")
     ]
     assert files[0] == files[1]
@@ -335,7 +341,9 @@ def test_a_command_on_two_devices_leaves_what_one_would_once(tmp_path):
     for alone, two in zip(*rows, strict=True):
         for name, value in alone.items():
             assert (two[name] == "") if value == "" else float(two[name]) == pytest.approx(float(value), rel=1e-5), name
-    assert evaluate(tmp_path / "two") == pytest.approx({k: v for k, v in metrics.items() if k.startswith("test/")}, rel=1e-6)
+    assert evaluate(tmp_path / "two") == pytest.approx(
+        {k: v for k, v in metrics.items() if k.startswith("test/")}, rel=1e-6
+    )
 
 
 @pytest.mark.slow

@@ -28,7 +28,9 @@ from vae.errors import VAEError
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 @pytest.mark.parametrize("found", [None, types.SimpleNamespace(origin=None)])  # not there; a folder of that name
-def test_a_logger_that_is_not_installed_is_a_sentence_before_anything_is_written(tiny, tmp_path, monkeypatch, name, found):
+def test_a_logger_that_is_not_installed_is_a_sentence_before_anything_is_written(
+    tiny, tmp_path, monkeypatch, name, found
+):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda package: found)
     with pytest.raises(VAEError, match=rf"logger={name} needs {name}: pip install 'vae\[{name}\]'"):
         train(tiny(f"logger=[tensorboard,{name}]"), tmp_path / "run", [], progress_bar=False)
@@ -37,7 +39,9 @@ def test_a_logger_that_is_not_installed_is_a_sentence_before_anything_is_written
     require_packages(tiny("logger=none"))
 
 
-@pytest.mark.parametrize(("group", "logger", "name"), [("mlflow", "MLFlowLogger", "run_name"), ("wandb", "WandbLogger", "name")])
+@pytest.mark.parametrize(
+    ("group", "logger", "name"), [("mlflow", "MLFlowLogger", "run_name"), ("wandb", "WandbLogger", "name")]
+)
 def test_a_run_is_called_by_its_folder_unless_it_has_a_name(tiny, tmp_path, monkeypatch, group, logger, name):
     made = type(logger, (), {"__init__": lambda self, **options: vars(self).update(options)})
     monkeypatch.setattr(pytorch_lightning.loggers, logger, made)
@@ -72,7 +76,8 @@ def server(tmp_path, monkeypatch):
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/runs.db", "--artifacts-destination", str(tmp_path / "artifacts")]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/runs.db"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
     with (tmp_path / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
     try:
@@ -99,7 +104,8 @@ def server(tmp_path, monkeypatch):
 def test_a_sweep_arrives_at_an_mlflow_server(tiny, tmp_path, server):
     from mlflow.tracking import MlflowClient
 
-    options = ["callbacks=default", "callbacks.pictures.points=16", "logger=[tensorboard,mlflow]", "trainer.log_every_n_steps=1"]
+    options = ["callbacks=default", "callbacks.pictures.points=16", "logger=[tensorboard,mlflow]"]
+    options.append("trainer.log_every_n_steps=1")
     results = {}
     for seed in (0, 1):
         folder = tmp_path / f"seed={seed}"
@@ -130,7 +136,7 @@ def test_a_server_that_does_not_answer_is_a_sentence(tiny, tmp_path, monkeypatch
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(VAEError, match="MLFlowLogger does not take the run: .*127.0.0.1"):
+    with pytest.raises(VAEError, match=r"MLFlowLogger does not take the run: .*127\.0\.0\.1"):
         train(tiny("logger=mlflow"), tmp_path / "run", [], progress_bar=False)
     assert "does not take the run" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
 

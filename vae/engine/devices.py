@@ -38,8 +38,11 @@ PATIENCE = timedelta(hours=1)  # of ranks that wait for rank 0 to draw pictures,
 
 
 class SeveralDevices(DDPStrategy):
-    """Data-parallel training in which a rank's work is its rows of each batch (`vae.ranks`): DDP without its wrapper, whose mean
-    of gradients is right only where a loss is a mean over images. The processes are there already, and have met."""
+    """Data-parallel training in which a rank's work is its rows of each batch, see `vae.ranks`.
+
+    DDP without its wrapper, whose mean of gradients is right only where a loss is a mean over images. The processes are
+    there already, and have met.
+    """
 
     def __init__(self) -> None:
         super().__init__(cluster_environment=_Started())
@@ -51,6 +54,7 @@ class SeveralDevices(DDPStrategy):
         self.set_world_ranks()
 
     def configure_ddp(self) -> None:
+        assert self.model is not None
         ranks.copy_from_first(self.model)
 
     def barrier(self, *_: Any, **__: Any) -> None:
@@ -69,8 +73,10 @@ class SeveralDevices(DDPStrategy):
             return super().test_step(*args, **kwargs)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        if not self.lightning_module.trainer.fit_loop._should_accumulate():
-            ranks.average_gradients(self.lightning_module.parameters())
+        module = self.lightning_module
+        assert module is not None
+        if not module.trainer.fit_loop._should_accumulate():
+            ranks.average_gradients(module.parameters())
 
 
 class _Started(LightningEnvironment):
@@ -101,7 +107,9 @@ def refuse_what_depends_on_rows(module: nn.Module) -> None:
 class Crew:
     """The ranks of a run as one of them sees it: `rank` of `world`; with a world of one, every method does nothing."""
 
-    def __init__(self, rank: int = 0, world: int = 1, store: dist.TCPStore | None = None, backend: str = "gloo") -> None:
+    def __init__(
+        self, rank: int = 0, world: int = 1, store: dist.TCPStore | None = None, backend: str = "gloo"
+    ) -> None:
         self.rank, self.world, self.store, self.backend = rank, world, store, backend
         self.others: list[tuple[subprocess.Popen[str], IO[str]]] = []  # with what each said on its standard error
 
@@ -129,9 +137,7 @@ class Crew:
                 self.refuse_the_dead()
                 time.sleep(0.02)
         refuse_unequal([json.loads(self.store.get(f"data {other}")) for other in range(self.world)])
-        dist.init_process_group(
-            self.backend, store=self.store, rank=self.rank, world_size=self.world, timeout=PATIENCE
-        )
+        dist.init_process_group(self.backend, store=self.store, rank=self.rank, world_size=self.world, timeout=PATIENCE)
 
     def refuse_the_dead(self, patience: float = 0.0) -> None:
         """Raises VAEError where a process that rank 0 started has ended, or does so within so many seconds."""
@@ -149,7 +155,7 @@ class Crew:
         """Start the other ranks, and give each the work on its standard input, which stays open as long as rank 0 lives."""
         path = os.pathsep.join([entry or os.getcwd() for entry in sys.path])
         for rank in range(1, self.world):
-            said = tempfile.TemporaryFile("w+")
+            said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `end`
             process = subprocess.Popen(
                 [sys.executable, "-m", "vae.engine.rank"],
                 stdin=subprocess.PIPE,

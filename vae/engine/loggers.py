@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from torchvision.transforms.functional import to_pil_image
 from vae.engine.build import instantiate
 from vae.errors import VAEError
 from vae.files import is_disk_full
-
 
 #: A logger that needs a package of its own -> the extra that brings it, which has the package's name, and its name of a run.
 EXTRAS = {"MLFlowLogger": ("mlflow", "run_name"), "WandbLogger": ("wandb", "name")}
@@ -51,6 +52,19 @@ def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
     return loggers
 
 
+def begin(loggers: Iterable[Logger]) -> None:
+    """Let MLflow and W&B begin the run. Raises VAEError, with what they say, where their server does not take it."""
+    for logger in loggers:
+        try:
+            if type(logger).__name__ in EXTRAS:
+                _ = logger.experiment  # type: ignore[attr-defined]
+        except Exception as error:
+            if is_disk_full(error):
+                raise
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise VAEError(f"{type(logger).__name__} does not take the run: {why}.") from error
+
+
 def log_picture(logger: Logger, name: str, picture: Tensor, step: int) -> None:
     """An image (3, H, W) in [0, 1], the way that a logger of this kind takes it; one that takes none has the PNG only.
 
@@ -75,22 +89,16 @@ class LoggedRun(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                continue
-            try:
+            if not isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(self.settings)
-            except Exception as error:
-                if type(logger).__name__ not in EXTRAS or is_disk_full(error):
-                    raise
-                why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-                raise VAEError(f"{type(logger).__name__} does not take the run: {why}.") from error
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if stage == "test":
             _finish(trainer)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        _finish(trainer)
+        with contextlib.suppress(Exception):  # of a logger that may itself be what went wrong
+            _finish(trainer)
 
 
 def _finish(trainer: pl.Trainer) -> None:

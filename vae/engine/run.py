@@ -38,7 +38,7 @@ from vae.engine.folder import (
     refuse_foreign_checkpoint,
     refuse_other_training,
 )
-from vae.engine.loggers import require_packages
+from vae.engine.loggers import begin, require_packages
 from vae.engine.module import Means, VAEModule
 from vae.engine.trainer import (
     ACCELERATORS,
@@ -172,6 +172,7 @@ def _fit_and_test(
         trainer.limit_val_batches, trainer.check_val_every_n_epoch = 1.0, sys.maxsize
     best = choose_weights(trainer, module.objective)
     warn_of_unreached_weight(module.objective, run_length(config.trainer, data)[0])
+    begin(trainer.loggers)
     with interruptions(trainer):
         trainer.fit(module, data, ckpt_path=checkpoint)
     ranks.tell("best.ckpt is there")

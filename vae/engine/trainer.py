@@ -101,9 +101,13 @@ def device_count(options: dict[str, Any]) -> int:
     if count > 1 and gpus and (count > gpus or (isinstance(devices, list) and max(devices) >= gpus)):
         raise VAEError(f"trainer.devices={devices}: this machine has {gpus} GPU{'s'[: gpus > 1]}.")
     if count > 1 and not gpus and isinstance(devices, list):
-        raise VAEError(f"trainer.devices={devices} lists GPUs, and none is used: trainer.devices={count} takes processes.")
+        raise VAEError(
+            f"trainer.devices={devices} lists GPUs, and none is used: trainer.devices={count} takes processes."
+        )
     if count > 1 and not gpus and accelerator != "cpu" and torch.backends.mps.is_available():
-        raise VAEError(f"trainer.devices={devices}: Apple's GPU is one device; trainer.accelerator=cpu takes processes.")
+        raise VAEError(
+            f"trainer.devices={devices}: Apple's GPU is one device; trainer.accelerator=cpu takes processes."
+        )
     return count
 
 
@@ -143,7 +147,10 @@ def build_trainer(
     if several:
         options["strategy"], plugins = SeveralDevices(), [CheckpointIO()]
     elif device_count(options) > 1:  # measuring takes one, of any run
-        options |= {"devices": options["devices"][:1] if isinstance(options["devices"], list) else 1, "strategy": "auto"}
+        options |= {
+            "devices": options["devices"][:1] if isinstance(options["devices"], list) else 1,
+            "strategy": "auto",
+        }
     try:
         trainer = pl.Trainer(**options, **outputs, default_root_dir=folder, plugins=plugins, enable_progress_bar=False)
     except (TypeError, ValueError, MisconfigurationException) as error:

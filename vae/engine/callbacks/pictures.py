@@ -174,11 +174,13 @@ class Pictures(pl.callbacks.Checkpoint):
         self.points = whole("callbacks.pictures.points", points)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
+        if not trainer.is_global_zero:
+            return
         epoch, apart = trainer.current_epoch + 1, trainer.check_val_every_n_epoch or 1
         due = (
             epoch // self.every_n_epochs > (epoch - apart) // self.every_n_epochs
         )  # validation may skip the very epoch
-        if trainer.is_global_zero and due and module.validated == module.steps and not is_ending(trainer):  # the end's are drawn when it is tested
+        if due and module.validated == module.steps and not is_ending(trainer):  # the end's are drawn when it is tested
             with a_warning_at_most():
                 self._draw(trainer, module)
 
