@@ -86,6 +86,14 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 @torch.no_grad()
+def on_every_rank(value: Tensor) -> list[float]:
+    """What a 0-dim tensor is on each rank, in their order."""
+    values = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(values, value.contiguous())
+    return [float(value) for value in values]
+
+
+@torch.no_grad()
 def copy_from_first(module: torch.nn.Module) -> None:
     """Give every rank the parameters and buffers of rank 0."""
     for tensor in (*module.parameters(), *module.buffers()):

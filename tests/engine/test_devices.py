@@ -31,7 +31,7 @@ from vae.data.module import ImageDataModule
 from vae.engine.build import build
 from vae.engine.devices import Crew, digest, refuse_unequal, refuse_what_depends_on_rows
 from vae.engine.run import evaluate, train
-from vae.engine.trainer import device_count, trainer_options
+from vae.engine.trainer import build_trainer, device_count, trainer_options
 from vae.errors import VAEError
 from vae.seeding import generator
 
@@ -161,6 +161,28 @@ def test_every_objective_gives_the_terms_and_gradients_of_the_whole_batch(tmp_pa
     assert all(len(gradient) > 100 for _, gradient, _ in expected[::3])
 
 
+def of_parameters(module, x):
+    """A loss of the likelihood's parameters, as an objective of one's own may ask for, and its gradient."""
+    module.zero_grad()
+    with ranks.sharing():
+        out = module.vae(x, generator("z"), None, (2,))
+        loss = out.params.sigmoid().std((0, 1)).sum() + out.params[:, -1].square().mean()
+    loss.backward()
+    if ranks.world_size() > 1:
+        ranks.average_gradients(module.parameters())
+    return tuple(out.params.shape), loss.item(), torch.cat([p.grad.flatten() for p in module.parameters()])
+
+
+def test_an_objective_that_asks_for_the_parameters_of_the_pixels_has_those_of_all_images(tmp_path):
+    _, module = build(quickly("objective=beta_vae"))
+    module, x = module.double(), torch.rand(5, 1, 8, 8, dtype=torch.float64)
+    shape, loss, gradient = of_parameters(module, x)
+    assert shape[:2] == (2, 5)
+    for found in together(of_parameters, 2, tmp_path, module, x):
+        assert found[:2] == (shape, pytest.approx(loss, rel=1e-12))
+        torch.testing.assert_close(found[2], gradient, rtol=1e-9, atol=1e-12)
+
+
 def after_steps(data, module, shared):
     """The weights, buffers and optimiser's state after an epoch of training, float64, each batch with its schedule."""
     module = module.double().train()
@@ -259,6 +281,31 @@ def test_ranks_tell_each_other_of_their_data_before_they_begin():
     store.set("data 1", json.dumps(digest(data_of(8))))
     with pytest.raises(VAEError, match="Device 1 has other data than device 0"):
         Crew(0, 2, store).meet(data_of(9))
+
+
+def told_of(module):
+    module._open = [(4, {"loss": torch.tensor(2.0)}), (4, {"loss": 2.0 + torch.tensor(float(ranks.rank()))})]
+    try:
+        module._refuse_disagreement()
+    except VAEError as error:
+        return [str(error)]
+    return []
+
+
+def test_devices_that_come_to_different_losses_are_refused(tmp_path):
+    _, module = build(quickly("objective=beta_vae"))
+    for (told,) in together(told_of, 2, tmp_path, module):
+        assert "come to different losses (2, 2.5)" in told
+        assert told.endswith("Use trainer.devices=1.")
+    module._open = [(4, {"loss": torch.tensor(2.0)})]
+    module._refuse_disagreement()
+
+
+def test_a_run_on_several_devices_is_measured_on_one():
+    config = composed(*SMALL, "trainer.devices=2", "+trainer.strategy=ddp")
+    assert build_trainer(config).world_size == 1
+    config.trainer.devices = [0, 1]
+    assert build_trainer(config).world_size == 1
 
 
 @pytest.mark.parametrize("layer", [torch.nn.BatchNorm2d(3), torch.nn.Dropout(0.1)])

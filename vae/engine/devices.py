@@ -35,6 +35,7 @@ from vae.errors import VAEError
 
 HOST = "127.0.0.1"
 PATIENCE = timedelta(hours=1)  # of ranks that wait for rank 0 to draw pictures, or for a slow disk
+DOWNLOADING = timedelta(days=7)  # while rank 0 may be
 
 
 class SeveralDevices(DDPStrategy):
@@ -125,7 +126,7 @@ class Crew:
     def wait(self, news: str) -> None:
         """On a rank above 0: until rank 0 tells."""
         if self.store is not None and not self.first:
-            self.store.wait([news], PATIENCE)
+            self.store.wait([news], DOWNLOADING)
 
     def meet(self, data: ImageDataModule) -> None:
         """Wait for all ranks, and make them a process group. Raises VAEError where one has other data than the others."""
@@ -173,7 +174,8 @@ class Crew:
     def end(self, patience: float) -> None:
         """Leave the group; let the others end within so many seconds, or end them."""
         if self.store is not None and dist.is_initialized():
-            dist.destroy_process_group()
+            with contextlib.suppress(RuntimeError):  # what went wrong before counts
+                dist.destroy_process_group()
         until = time.monotonic() + patience
         for process, said in self.others:
             with contextlib.suppress(subprocess.TimeoutExpired):

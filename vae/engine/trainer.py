@@ -123,6 +123,10 @@ def build_trainer(
 
     Where the config asks for several devices their processes have met before (`vae.engine.devices`)."""
     quiet_lightning()
+    if folder is None and (devices := config.trainer.get("devices", 1)) != 1:  # measuring takes one device, of any run
+        here = OmegaConf.is_list(devices) and devices[0] < torch.cuda.device_count()
+        one = {"devices": [devices[0]] if here else 1, **({"strategy": "auto"} if "strategy" in config.trainer else {})}
+        config = OmegaConf.merge(config, {"trainer": one})
     options = trainer_options(config)
     if folder is None:
         outputs: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
@@ -146,11 +150,6 @@ def build_trainer(
     several = folder is not None and device_count(options) > 1
     if several:
         options["strategy"], plugins = SeveralDevices(), [CheckpointIO()]
-    elif device_count(options) > 1:  # measuring takes one, of any run
-        options |= {
-            "devices": options["devices"][:1] if isinstance(options["devices"], list) else 1,
-            "strategy": "auto",
-        }
     try:
         trainer = pl.Trainer(**options, **outputs, default_root_dir=folder, plugins=plugins, enable_progress_bar=False)
     except (TypeError, ValueError, MisconfigurationException) as error:
