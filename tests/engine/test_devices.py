@@ -238,6 +238,12 @@ class Files(Images):
 READ: list[int] = []
 
 
+def files():
+    """30 / 15 / 15 random images that are read batch by batch."""
+    x = torch.randint(256, (60, 1, 8, 8), generator=generator("files"), dtype=torch.uint8)
+    return Splits(*(Files(part, torch.arange(len(part)) % 3) for part in x.split([30, 15, 15])))
+
+
 def read_an_epoch(images):
     batches = [(batch.x, batch.y, batch.seed) for batch in BatchLoader(images, EpochSampler(11, 4, 0, True), "train")]
     return batches, list(READ)
@@ -354,7 +360,9 @@ UNLIKE = {"train/seconds_per_epoch"}
 
 
 def trained(folder, *overrides, resume=False):
-    return train(composed(*SMALL, *RUN, *overrides), folder, [], resume, progress_bar=False)
+    groups = [o for o in overrides if (Path(CONFIGS) / o.partition("=")[0]).is_dir()]
+    values = [o for o in overrides if o not in groups]
+    return train(composed(*SMALL, *RUN, *groups, *values), folder, [], resume, progress_bar=False)
 
 
 def close(metrics, expected, rel):
@@ -413,6 +421,36 @@ def test_a_run_goes_on_on_another_number_of_devices(tmp_path, before, after):
     trained(tmp_path / "run", *case, "trainer.max_epochs=1", f"trainer.devices={before}")
     metrics = trained(tmp_path / "run", *case, f"trainer.devices={after}", resume=True)
     assert close(metrics, expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_lightnings_own_loop_clipping_early_stopping_and_a_time_limit_work_too(tmp_path):
+    """Batches that are accumulated are left to Lightning's loop; their gradients meet once, before they are clipped."""
+    case = ["+trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.1", "callbacks=early_stopping", "seed=3"]
+    case += [
+        "callbacks.early_stopping.patience=1",
+        "+callbacks.early_stopping.min_delta=5",
+        "+trainer.max_time={hours: 1}",
+    ]
+    case += ["trainer.max_epochs=9", "callbacks.pictures=null"]
+    expected = trained(tmp_path / "alone", *case)
+    assert 1 <= json.loads((tmp_path / "alone" / "status.json").read_text())["epochs"] < 9
+    metrics = trained(tmp_path / "two", *case, "trainer.devices=2")
+    assert close(metrics, expected, rel=1e-4)
+    ended = [json.loads((tmp_path / name / "status.json").read_text())["epochs"] for name in ("alone", "two")]
+    assert ended[0] == ended[1]
+
+
+@pytest.mark.slow
+def test_images_in_files_are_read_by_workers_of_each_device(tmp_path):
+    case = [
+        f"data.source._target_={__name__}.files",
+        "data.batch_size=7",
+        "data.eval_batch_size=7",
+        "+data.num_workers=1",
+    ]
+    expected = trained(tmp_path / "alone", *case)
+    assert close(trained(tmp_path / "two", *case, "trainer.devices=2"), expected, rel=1e-5)
 
 
 class Killer(pl.Callback):
