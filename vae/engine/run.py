@@ -152,8 +152,14 @@ def accompany(config: DictConfig, folder: Path, checkpoint: Path | None, ranks: 
 
 
 def _fit_and_test(
-    config: DictConfig, folder: Path, overrides: list[str], checkpoint: Path | None, progress_bar: bool, ranks: Crew
+    config: DictConfig,
+    folder: Path,
+    overrides: list[str],
+    checkpoint: Path | None,
+    progress_bar: bool,
+    ranks: Crew | None = None,
 ) -> tuple[dict[str, float], int]:
+    ranks = Crew() if ranks is None else ranks
     if ranks.first:
         remove_leftovers(folder)
     data, module = build(config)
