@@ -6,6 +6,7 @@ The slow tests need what `pip install -e '.[mlflow,wandb]'` brings, and are skip
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import struct
@@ -93,11 +94,8 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         yield address
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too
+        process.wait()
 
 
 @pytest.mark.slow
