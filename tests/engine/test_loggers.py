@@ -79,8 +79,9 @@ def server(tmp_path, monkeypatch):
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{tmp_path}/runs.db"]
     command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    light = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # no queue of jobs beside it
     with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=light, start_new_session=True)
     try:
         until = time.monotonic() + 240
         while True:
