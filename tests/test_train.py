@@ -76,7 +76,10 @@ def test_a_run_that_a_search_prunes_returns_nothing_now_and_when_its_job_is_star
     trial = ["hydra/sweeper=optuna", "hydra.sweeper.trial=1"]
     monkeypatch.setattr("vae.engine.run.train", lambda *args, progress_bar, **others: hopeless(**others))
     assert job(*trial) is None
-    monkeypatch.setattr("vae.engine.run.train", lambda *args, **others: {"val/best_loss": 1.0, "val/best_epoch": 1.0, "val/best_elbo": -1.0})
+    monkeypatch.setattr(
+        "vae.engine.run.train",
+        lambda *args, **others: {"val/best_loss": 1.0, "val/best_epoch": 1.0, "val/best_elbo": -1.0},
+    )
     assert job(*trial) == -1.0
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "status.json").write_text('{"state": "pruned"}')

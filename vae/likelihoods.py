@@ -26,6 +26,7 @@ class Likelihood(nn.Module):
     """What every p(x|z) offers. A subclass writes `pixel_log_prob`, `mean`, `sample` and `bias_for_mean`."""
 
     params_per_pixel: int = 1
+    of_whole_batches: bool = False  # True: in training log_prob of an image depends on the others of its batch
     discrete: bool = False  # True: log_prob is a log-mass, never above 0; False: a log-density on pixels in [0, 1]
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
@@ -226,6 +227,7 @@ class OptimalSigmaGaussian(Gaussian):
     """
 
     WINDOW = 20
+    of_whole_batches = True
     batches_seen: Tensor
 
     def __init__(self, sigma: float = 1.0, decay: float = 0.99) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from vae import ranks
 from vae.gaussian import DiagonalGaussian
 from vae.precision import full_precision
 from vae.seeding import generator as generator_of
@@ -98,6 +99,23 @@ class VAEOutput(Halves):
         return self.kl.sum(-1)
 
 
+class SharedOutput(VAEOutput):
+    """The same where ranks share out the batch: made with this rank's `params`, which are put together once asked for."""
+
+    _own: Tensor
+    _all: Tensor | None = None
+
+    @property
+    def params(self) -> Tensor:
+        if self._all is None:
+            self._all = ranks.joined(self._own, self.z.shape[-2], self.z.ndim - 2)
+        return self._all
+
+    @params.setter
+    def params(self, own: Tensor) -> None:
+        self._own = own
+
+
 class VAE(nn.Module):
     """p(x, z) = p(x|z) p(z) with the amortised posterior q(z|x) (Kingma & Welling 2014; Rezende et al. 2014).
 
@@ -131,8 +149,13 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Posterior:
         """q(z|x) or q(z|x, y); x (B, C, H, W) in [0, 1]. Its parameters are float32 however narrow the encoder's are."""
-        parameters = self.encoder(x, y) if self.num_classes else self.encoder(x)
-        return self.posterior(full_precision(parameters))
+        if not ranks.are_sharing():
+            return self.posterior(full_precision(self._encoded(x, y)))
+        parameters = full_precision(self._encoded(ranks.own(x), None if y is None else ranks.own(y)))
+        return self.posterior(ranks.joined(parameters, len(x)))
+
+    def _encoded(self, x: Tensor, y: Tensor | None) -> Tensor:
+        return self.encoder(x, y) if self.num_classes else self.encoder(x)
 
     @property
     def autoregressive(self) -> bool:
@@ -160,8 +183,20 @@ class VAE(nn.Module):
 
     def measure(self, x: Tensor, posterior: Posterior, z: Tensor, y: Tensor | None = None) -> VAEOutput:
         """Decode z, (*S, B, D), wherever it comes from, and measure both halves of the ELBO of x in nats."""
+        if ranks.are_sharing():
+            return self._measure_together(x, posterior, z, y)
         params = self.decode(z, y, x)
         return VAEOutput(posterior, z, params, -self.likelihood.log_prob(params, x), self.kl(posterior, z))
+
+    def _measure_together(self, x: Tensor, posterior: Posterior, z: Tensor, y: Tensor | None) -> VAEOutput:
+        images = z.ndim - 2  # the dimension of z, params and distortion that counts them
+        own_x, own_y = ranks.own(x), None if y is None else ranks.own(y, y.ndim - 1)
+        params = self.decode(ranks.own(z, images), own_y, own_x)
+        if self.training and self.likelihood.of_whole_batches:
+            distortion = -self.likelihood.log_prob(ranks.joined(params, len(x), images), x)
+        else:
+            distortion = ranks.joined(-self.likelihood.log_prob(params, own_x), len(x), images)
+        return SharedOutput(posterior, z, params, distortion, self.kl(posterior, z))
 
     def kl(self, posterior: Posterior, z: Tensor) -> Tensor:
         """KL(q || p) by closed form, (B, D), where prior and posterior have one; otherwise estimated at z, (..., 1)."""

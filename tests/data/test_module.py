@@ -43,11 +43,10 @@ def test_a_loader_resumes_in_the_middle_of_an_epoch_with_the_same_batches_and_se
     assert len(epoch(resumed, 3)) == 5  # and the next epoch is whole again
 
 
-def test_processes_share_an_epoch_without_overlap():
-    parts = []
-    for rank in range(3):
-        parts += [i for index in EpochSampler(40, 8, 0, True, rank, 3) for i in index.tolist()]
-    assert len(parts) == len(set(parts)) == 39  # equally many each
+def test_an_epoch_has_each_image_once_the_last_batch_smaller():
+    batches = [index.tolist() for index in EpochSampler(41, 8, 0, True)]
+    assert [len(batch) for batch in batches] == [8, 8, 8, 8, 8, 1]
+    assert sorted(image for batch in batches for image in batch) == list(range(41))
 
 
 def test_dynamic_binarisation_draws_afresh_with_the_pixel_as_probability():

@@ -26,7 +26,6 @@ from vae.errors import VAEError
 @pytest.mark.parametrize(
     "override",
     [
-        "trainer.devices=2",
         "trainer.devices=[0,1]",
         "trainer.devices=-1",
         "trainer.devices=auto",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from vae import ranks
 from vae.data.images import Batch, ImageSet
 from vae.data.pairs import Partners
 from vae.seeding import derive, generator
@@ -25,14 +26,11 @@ class EpochSampler:
         batch_size: int,
         seed: int,
         shuffle: bool,
-        rank: int = 0,
-        world_size: int = 1,
         guests: tuple[Tensor, int] | None = None,
         images: ImageSet | None = None,
     ) -> None:
         self.images = images
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
-        self.rank, self.world_size = rank, world_size
         self.guests = guests
         self.epoch = 0
 
@@ -40,35 +38,21 @@ class EpochSampler:
         """Called by Lightning at the start of each epoch."""
         self.epoch = epoch if self.shuffle else 0
 
-    @property
-    def per_rank(self) -> int:
-        # every process takes equally many images, or collective calls would wait for ever
-        return self.size // self.world_size if self.shuffle else -(-(self.size - self.rank) // self.world_size)
-
     def __len__(self) -> int:
-        return -(-self.per_rank // self.batch_size)
+        return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
         draw = generator(self.seed, "order", self.epoch)
         if not self.shuffle:
             order = torch.arange(self.size)
-        elif self.images is None:
-            order = torch.randperm(self.size, generator=draw)
         else:
-            order = self.images.shuffled(draw)
-        if self.images is not None and self.images.sequential:
-            first = self.rank * (self.size // self.world_size)
-            if not self.shuffle:  # of those that remain the first processes take one more each
-                first += min(self.rank, self.size % self.world_size)
-            order = order[first : first + self.per_rank]
-        else:
-            order = order[self.rank :: self.world_size][: self.per_rank]
+            order = torch.randperm(self.size, generator=draw) if self.images is None else self.images.shuffled(draw)
         batches = order.split(self.batch_size)
         if self.guests is None:
             yield from batches
             return
         indices, n = self.guests
-        noise = generator(self.seed, "guests", self.epoch, self.rank)
+        noise = generator(self.seed, "guests", self.epoch, 0)
         for batch in batches:
             yield torch.cat([batch, indices[torch.randperm(len(indices), generator=noise)[:n]]])
 
@@ -77,6 +61,7 @@ class BatchLoader:
     """Yields `Batch`es of a split. Resumes in the middle of an epoch through `state_dict`.
 
     num_workers: read ahead where a split is read from disk (`ImageSet.batches`). partners: makes those of a batch from its y.
+    Where several ranks train one run, each yields whole batches, of which it reads its own rows from the disk.
     """
 
     def __init__(
@@ -96,13 +81,18 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self.sampler)
 
+    def _read(self, indices: list[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if ranks.world_size() == 1 or not self.images.streaming:
+            return self.images.batches(indices, self.num_workers)
+        return map(_together, self.images.batches([ranks.own(index) for index in indices], self.num_workers), indices)
+
     def __iter__(self) -> Iterator[Batch]:
         skip, self._skip = self._skip, 0
         self._done = skip
         indices = list(self.sampler)[skip:]
-        for number, (x, y) in enumerate(self.images.batches(indices, self.num_workers), start=skip):
+        for number, (x, y) in enumerate(self._read(indices), start=skip):
             self._done = number + 1
-            seed = derive(self.sampler.seed, self.stream, self.sampler.epoch, self.sampler.rank, number)
+            seed = derive(self.sampler.seed, self.stream, self.sampler.epoch, 0, number)
             partner = None if self.partners is None else self.partners(y, generator(seed, "partners"))
             yield Batch(x, y, seed, partner)
         self._done = 0
@@ -112,3 +102,8 @@ class BatchLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._skip = state["batches_done"] % len(self)  # a finished epoch is followed by a whole one
+
+
+def _together(own: tuple[Tensor, Tensor | None], index: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, y = own
+    return ranks.joined(x, len(index)), None if y is None else ranks.joined(y, len(index))

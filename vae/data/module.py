@@ -199,14 +199,12 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _loader(self, split: str, shuffle: bool, batch_size: int) -> BatchLoader:
         images = getattr(self.splits_ready(), split) if shuffle else self.measured(split)
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         # Evaluation noise follows from the split alone: every run and every method meets the same draws.
         seed = self.seed if shuffle else self.split_seed
         guests = (
             ((images.y >= 0).nonzero()[:, 0], self.labeled_per_batch) if shuffle and self.labeled_per_batch else None
         )
-        sampler = EpochSampler(len(images), batch_size, seed, shuffle, rank, world_size, guests, images)
+        sampler = EpochSampler(len(images), batch_size, seed, shuffle, guests, images)
         partners = None if self.changed_factors is None else partners_of(images, self.changed_factors)
         return BatchLoader(images, sampler, split, self.num_workers, partners)
 

@@ -150,6 +150,8 @@ class Interruptible(pl.callbacks.Checkpoint):
         return self.every_n_seconds is not None and time.monotonic() - self._saved >= self.every_n_seconds
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:  # whose clock decides
+            return
         module.refuse_divergence()
         # What stopped a run has no state that says so. A time that is up does not count: a run may be given more of it.
         timed = any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)

@@ -152,7 +152,7 @@ TAKEN_OVER = (
     *MEASURING,
     *("threads", "compile", "logger", "sweep_metric", "sweep_direction", "data.num_workers"),
     *("trainer.accelerator", "trainer.devices", "trainer.log_every_n_steps", "trainer.profiler", "trainer.max_time"),
-    *("trainer.num_sanity_val_steps", "trainer.enable_model_summary", "trainer.detect_anomaly"),
+    *("trainer.strategy", "trainer.num_sanity_val_steps", "trainer.enable_model_summary", "trainer.detect_anomaly"),
     *("callbacks.interruptible", "callbacks.pictures", "callbacks.stopwatch"),
 )
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps")

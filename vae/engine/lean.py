@@ -20,6 +20,8 @@ from pytorch_lightning.plugins.precision import MixedPrecision, Precision
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
+from vae import ranks
+from vae.engine.devices import SeveralDevices
 from vae.errors import VAEError
 
 #: Minor versions of Lightning with which LeanLoop trains to the same bits as Lightning's own loop.
@@ -99,6 +101,7 @@ class LeanLoop(_TrainingEpochLoop):
         except AttributeError as error:
             self._plain = False
             _leave_to_lightning(str(error))
+        self._sharing = ranks.sharing if trainer.world_size > 1 else contextlib.nullcontext
         self._hooks = {}
         for name in self.HOOKS:
             of_callbacks = [
@@ -116,7 +119,7 @@ class LeanLoop(_TrainingEpochLoop):
             hasattr(module, "logged")
             and isinstance(trainer.profiler, NoProfiler)
             and not isinstance(data_fetcher, _DataLoaderIterDataFetcher)
-            and type(trainer.strategy) is SingleDeviceStrategy
+            and type(trainer.strategy) in (SingleDeviceStrategy, SeveralDevices)
             and (type(precision) is Precision or (type(precision) is MixedPrecision and precision.scaler is None))
             and trainer.accumulate_grad_batches == 1
             and not trainer.fit_loop._skip_backward
@@ -172,7 +175,7 @@ class LeanLoop(_TrainingEpochLoop):
         optimizer, progress = trainer.optimizers[0], self.automatic_optimization.optim_progress.optimizer
         progress.step.increment_ready()
         module._current_fx_name = "training_step"
-        with trainer.precision_plugin.train_step_context():
+        with trainer.precision_plugin.train_step_context(), self._sharing():
             loss = module.training_step(batch, number)
         self._call("on_before_zero_grad", optimizer)
         progress.zero_grad.increment_ready()
@@ -181,6 +184,7 @@ class LeanLoop(_TrainingEpochLoop):
         progress.zero_grad.increment_completed()
         self._call("on_before_backward", loss)
         loss.backward()
+        trainer.strategy.post_backward(loss)
         self._call("on_after_backward")
         self._call("on_before_optimizer_step", optimizer)
         if trainer.gradient_clip_val is not None:

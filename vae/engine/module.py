@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from vae import ranks
 from vae.data.images import Batch
 from vae.data.loader import BatchLoader
 from vae.engine.callbacks.records import take_back
@@ -125,6 +126,17 @@ class VAEModule(pl.LightningModule):
             self._record(self._training_terms(self._since_log), self.steps - 1)
         self._since_log = Means()
 
+    def _refuse_disagreement(self) -> None:
+        """Raise VAEError if ranks, which all compute the loss of the whole batch, come to different ones."""
+        if ranks.world_size() > 1 and self._open:
+            losses = ranks.on_every_rank(self._noted("loss").mean())
+            if max(losses) - min(losses) > 1e-3 * abs(losses[0]):
+                raise VAEError(
+                    f"At step {self.steps} the devices of this run come to different losses ({losses[0]:.6g}, "
+                    f"{losses[1]:.6g}): something draws from torch's global generator, not from the one it is given. Use "
+                    "trainer.devices=1."
+                )
+
     def _record(self, metrics: dict[str, Tensor], step: int) -> None:
         """Let callbacks know of metrics, and write them to the loggers at once: before a checkpoint says they are."""
         self.log_dict(metrics, logger=False)
@@ -145,6 +157,7 @@ class VAEModule(pl.LightningModule):
 
     def _end_part(self) -> None:
         self.refuse_divergence()
+        self._refuse_disagreement()
         images = torch.tensor([images for images, _ in self._open], device=self.device)
         part = Means()
         part.sums = {name: (images * self._noted(name)).sum() for name in (self._open[0][1] if self._open else ())}

@@ -20,6 +20,7 @@ from vae.data.module import ImageDataModule
 from vae.engine.build import build, build_data, run_length
 from vae.engine.callbacks.records import Reporter
 from vae.engine.checkpoints import choose_weights, load_weights, reached
+from vae.engine.devices import Crew, crew, refuse_what_depends_on_rows
 from vae.engine.folder import (
     MEASURING,
     begins_with,
@@ -38,10 +39,20 @@ from vae.engine.folder import (
     refuse_foreign_checkpoint,
     refuse_other_training,
 )
+from vae.engine.loggers import begin, require_packages
 from vae.engine.module import Means, VAEModule
 from vae.engine.per_image import write_per_image
 from vae.engine.search import Pruned
-from vae.engine.trainer import ACCELERATORS, build_trainer, set_threads, trainer_options, warn_of_unreached_weight
+from vae.engine.trainer import (
+    ACCELERATORS,
+    backend,
+    build_trainer,
+    device_count,
+    quiet_lightning,
+    set_threads,
+    trainer_options,
+    warn_of_unreached_weight,
+)
 from vae.errors import VAEError, choose, whole
 from vae.evaluation.likelihood import MOST_SAMPLES
 from vae.evaluation.measures import MEASURES, check_options
@@ -74,7 +85,8 @@ def train(
     progress_bar = progress_bar and config.progress_bar
     settled = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in TRANSIENT}
     config = OmegaConf.create(settled)
-    trainer_options(config)
+    options = trainer_options(config)
+    require_packages(config)
     set_threads(config.threads)
     # Unused mixture components have denormal gradients, which are many times slower on a CPU.
     torch.set_flush_denormal(True)
@@ -113,7 +125,10 @@ def train(
             if checkpoint:
                 steps, before = reached(checkpoint)
                 logging.getLogger(__name__).info(f"{folder.name} goes on from step {steps:,}, its last checkpoint.")
-            metrics, status["epochs"] = _fit_and_test(config, folder, overrides, checkpoint, progress_bar, callbacks)
+            with crew(device_count(options), backend(options), config, folder, checkpoint) as ranks:
+                metrics, status["epochs"] = _fit_and_test(
+                    config, folder, overrides, checkpoint, progress_bar, callbacks, ranks
+                )
             status["state"] = "finished"
         except BaseException as error:
             if is_disk_full(error) and not isinstance(error, VAEError):  # TensorBoard's writer says so in its own way
@@ -152,6 +167,15 @@ def _say_what_had_no_effect(folder: Path, changed: dict[str, tuple[Any, Any]]) -
         )
 
 
+def accompany(config: DictConfig, folder: Path, checkpoint: Path | None, ranks: Crew) -> None:
+    """What a rank above 0 does of `train`: all but write."""
+    quiet_lightning()
+    set_threads(config.threads)
+    torch.set_flush_denormal(True)
+    ranks.wait("rank 0 has its data")  # which it may have had to download
+    _fit_and_test(config, folder, [], checkpoint, False, ranks=ranks)
+
+
 def _fit_and_test(
     config: DictConfig,
     folder: Path,
@@ -159,10 +183,18 @@ def _fit_and_test(
     checkpoint: Path | None,
     progress_bar: bool,
     callbacks: Sequence[pl.Callback] = (),
+    ranks: Crew | None = None,
 ) -> tuple[dict[str, float], int]:
-    remove_leftovers(folder)
+    ranks = Crew() if ranks is None else ranks
+    if ranks.first:
+        remove_leftovers(folder)
     data, module = build(config)
-    write_json(folder / "facts.json", facts(config, data, module, overrides))
+    if ranks.world > 1:
+        refuse_what_depends_on_rows(module)
+    if ranks.first:
+        write_json(folder / "facts.json", facts(config, data, module, overrides))
+    ranks.tell("rank 0 has its data")
+    ranks.meet(data)
     module.progress_bar = progress_bar
     trainer = build_trainer(config, folder, tuple(overrides), progress_bar, callbacks)
     for name in ("max_epochs", "max_steps", "limit_train_batches"):
@@ -172,12 +204,15 @@ def _fit_and_test(
         trainer.limit_val_batches, trainer.check_val_every_n_epoch = 1.0, sys.maxsize
     best = choose_weights(trainer, module.objective)
     warn_of_unreached_weight(module.objective, run_length(config.trainer, data)[0])
+    begin(trainer.loggers)
     with interruptions(trainer):
         trainer.fit(module, data, ckpt_path=checkpoint)
     if not module.steps:
         raise VAEError(
             f"The run ended before its first step: give it more than trainer.max_time={config.trainer.get('max_time')}."
         )
+    ranks.tell("best.ckpt is there")
+    ranks.wait("best.ckpt is there")
     metrics = module.epoch_terms()
     for callback in trainer.callbacks:
         if isinstance(callback, Reporter):
@@ -194,8 +229,9 @@ def _fit_and_test(
     with interruptions(trainer):
         trainer.test(module, data, verbose=False)
     metrics.update(_floats(trainer.callback_metrics, "test/"))
-    write_per_image(folder, "test", module.per_image, module.vae)
-    write_json(folder / "metrics.json", metrics)
+    if ranks.first:
+        write_per_image(folder, "test", module.per_image, module.vae)
+        write_json(folder / "metrics.json", metrics)
     return metrics, epochs
 
 

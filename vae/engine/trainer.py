@@ -16,10 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from vae import ranks
 from vae.engine.build import instantiate
 from vae.engine.callbacks.progress import Progress
 from vae.engine.callbacks.records import HyperParameters
 from vae.engine.checkpoints import CheckpointIO
+from vae.engine.devices import SeveralDevices
 from vae.engine.folder import settings, usable_cores
 from vae.engine.lean import Compile, NoProfiler, make_lean
 from vae.engine.loggers import LoggedRun, make_loggers
@@ -44,6 +46,7 @@ def quiet_lightning() -> None:
         ".*Checkpoint directory.*exists.*",
         ".*logs directory.*exists and is not empty.*",
         ".*`srun` command is available.*",  # on a machine with Slurm, of every run that is started without it
+        ".*when logging on epoch level in distributed setting.*",  # every rank has the number of the whole split
     ):
         warnings.filterwarnings("ignore", noise)
 
@@ -51,7 +54,7 @@ def quiet_lightning() -> None:
 def trainer_options(config: DictConfig) -> dict[str, Any]:
     """The options of Lightning's Trainer that a config names; the CPU stands in for a GPU that is not there.
 
-    Raises VAEError for what a run cannot use: several devices or processes, and other precisions than PRECISIONS.
+    Raises VAEError for what a run cannot use: several machines, strategies, and other precisions than PRECISIONS.
     """
     options = OmegaConf.to_container(config.trainer, resolve=True)
     for name in ("max_epochs", "max_steps"):
@@ -62,19 +65,20 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
     if clip is not None and not (isinstance(clip, int | float) and 0 <= clip < math.inf):
         raise VAEError(f"trainer.gradient_clip_val={clip} must be a number of at least 0, or null.")
     choose("trainer.accelerator", options.get("accelerator"), ACCELERATORS)
-    devices, strategy = options.get("devices", 1), options.get("strategy", "auto")
-    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
-    if not one or options.get("num_nodes", 1) != 1:
-        named = f"devices={devices}" if not one else f"num_nodes={options['num_nodes']}"
+    count = device_count(options)
+    if options.get("num_nodes", 1) != 1:
+        raise VAEError(f"trainer.num_nodes={options['num_nodes']}: all devices of a run are of one machine.")
+    strategies = ("auto", "single_device") if count == 1 else ("auto", "ddp")
+    if (strategy := options.get("strategy", "auto")) not in strategies:
         raise VAEError(
-            f"trainer.{named}: a run uses one device. trainer.devices=1 takes the first, [1] the second GPU."
+            f"trainer.strategy={strategy} is not supported with {count} device{'s'[: count > 1]}: leave the strategy out."
         )
-    if strategy not in ("auto", "single_device"):
-        raise VAEError(f"trainer.strategy={strategy}: a run uses one device in one process; leave the strategy out.")
+    if count > 1 and options.get("sync_batchnorm"):
+        raise VAEError("trainer.sync_batchnorm: a run on several devices takes no network with batch normalisation.")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise VAEError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: several processes were started, as by torchrun, and a run uses one. "
-            "Start it without a launcher, or unset WORLD_SIZE."
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: several processes were started, as by torchrun, where trainer.devices=N "
+            "starts its own. Start the run without a launcher, or unset WORLD_SIZE."
         )
     if options.get("precision") not in PRECISIONS:
         raise VAEError(
@@ -86,6 +90,33 @@ def trainer_options(config: DictConfig) -> dict[str, Any]:
     return options
 
 
+def device_count(options: dict[str, Any]) -> int:
+    """How many devices, and so processes, `trainer.devices` asks for. Raises VAEError where it does not say, or there are
+    fewer."""
+    devices, accelerator = options.get("devices", 1), options.get("accelerator", "auto")
+    count = len(devices) if isinstance(devices, list) else devices
+    count = int(count) if isinstance(count, str) and count.isdecimal() else count
+    if type(count) is not int or count < 1:
+        raise VAEError(f"trainer.devices={devices} must be how many devices to use, or a list of GPUs such as [0,2].")
+    gpus = torch.cuda.device_count() if accelerator in ("auto", "gpu", "cuda") else 0
+    if count > 1 and gpus and (count > gpus or (isinstance(devices, list) and max(devices) >= gpus)):
+        raise VAEError(f"trainer.devices={devices}: this machine has {gpus} GPU{'s'[: gpus > 1]}.")
+    if count > 1 and not gpus and isinstance(devices, list):
+        raise VAEError(
+            f"trainer.devices={devices} lists GPUs, and none is used: trainer.devices={count} takes processes."
+        )
+    if count > 1 and not gpus and accelerator != "cpu" and torch.backends.mps.is_available():
+        raise VAEError(
+            f"trainer.devices={devices}: Apple's GPU is one device; trainer.accelerator=cpu takes processes."
+        )
+    return count
+
+
+def backend(options: dict[str, Any]) -> str:
+    """What the processes of several devices talk by, for torch.distributed."""
+    return "cpu:gloo,cuda:nccl" if options.get("accelerator") != "cpu" and torch.cuda.is_available() else "gloo"
+
+
 def build_trainer(
     config: DictConfig,
     folder: Path | None = None,
@@ -93,8 +124,14 @@ def build_trainer(
     progress_bar: bool = False,
     callbacks: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
-    """A Lightning Trainer; with `folder=None` one that only measures and writes nothing."""
+    """A Lightning Trainer; with `folder=None` one that only measures, on one device, and writes nothing.
+
+    Where the config asks for several devices their processes have met before (`vae.engine.devices`)."""
     quiet_lightning()
+    if folder is None and (devices := config.trainer.get("devices", 1)) != 1:  # measuring takes one device, of any run
+        here = OmegaConf.is_list(devices) and devices[0] < torch.cuda.device_count()
+        one = {"devices": [devices[0]] if here else 1, **({"strategy": "auto"} if "strategy" in config.trainer else {})}
+        config = OmegaConf.merge(config, {"trainer": one})
     options = trainer_options(config)
     if folder is None:
         outputs: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
@@ -108,7 +145,7 @@ def build_trainer(
                 LoggedRun(settings(config)),
                 *callbacks,
             ],
-            "logger": make_loggers(config, folder) or False,
+            "logger": (make_loggers(config, folder) if ranks.rank() == 0 else None) or False,
         }
         for callback in outputs["callbacks"]:
             if isinstance(callback, pl.callbacks.ModelCheckpoint) and callback.dirpath is None:
@@ -116,6 +153,9 @@ def build_trainer(
     options.setdefault("profiler", NoProfiler())
     # Lightning's Slurm environment would save checkpoints of its own on a signal, and requeue the job itself.
     plugins = [CheckpointIO(), LightningEnvironment()]
+    several = folder is not None and device_count(options) > 1
+    if several:
+        options["strategy"], plugins = SeveralDevices(), [CheckpointIO()]
     try:
         trainer = pl.Trainer(**options, **outputs, default_root_dir=folder, plugins=plugins, enable_progress_bar=False)
     except (TypeError, ValueError, MisconfigurationException) as error:
@@ -123,6 +163,8 @@ def build_trainer(
         raise VAEError(f"trainer: Lightning does not take these options: {why}.") from error
     if folder is not None:
         stay_inside(folder, trainer)
+    if several:  # Lightning's handler of SIGTERM calls the other ranks in the middle of whatever they do
+        trainer._signal_connector.register_signal_handlers = lambda: None
     return make_lean(trainer)
 
 

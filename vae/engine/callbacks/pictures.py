@@ -174,6 +174,8 @@ class Pictures(pl.callbacks.Checkpoint):
         self.points = whole("callbacks.pictures.points", points)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
+        if not trainer.is_global_zero:
+            return
         epoch, apart = trainer.current_epoch + 1, trainer.check_val_every_n_epoch or 1
         due = (
             epoch // self.every_n_epochs > (epoch - apart) // self.every_n_epochs
@@ -183,6 +185,8 @@ class Pictures(pl.callbacks.Checkpoint):
                 self._draw(trainer, module)
 
     def on_test_end(self, trainer: pl.Trainer, module: VAEModule) -> None:
+        if not trainer.is_global_zero:
+            return
         with a_warning_at_most():
             self._draw_last(trainer, module)
 
