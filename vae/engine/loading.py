@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from vae.engine.assemble import ImageFacts, assemble, make_trusted
+from vae.engine.assemble import ImageFacts, assemble, make_trusted, without_start
 from vae.engine.stored import read_checkpoint, renewed
 from vae.errors import VAEError
 from vae.model import VAE, Posterior
@@ -58,7 +58,7 @@ class LoadedRun:
             return torch.full((n, *facts.image_shape), 0.5)  # in place of training images: the weights replace it
 
         with torch.random.fork_rng(devices=[]):
-            vae = assemble(self.config, facts, grey, partial(make_trusted, trust=trust))
+            vae = assemble(without_start(self.config), facts, grey, partial(make_trusted, trust=trust))
         try:
             vae.load_state_dict(self._read_weights())
         except RuntimeError as error:

@@ -133,7 +133,7 @@ def _fit_and_test(
     config: DictConfig, folder: Path, overrides: list[str], checkpoint: Path | None, progress_bar: bool
 ) -> tuple[dict[str, float], int]:
     remove_leftovers(folder)
-    data, module = build(config)
+    data, module = build(config, start=checkpoint is None)
     write_json(folder / "facts.json", facts(config, data, module, overrides))
     module.progress_bar = progress_bar
     trainer = build_trainer(config, folder, tuple(overrides), progress_bar)
@@ -200,7 +200,7 @@ def load(folder: Path, **changes: Any) -> tuple[DictConfig, ImageDataModule, VAE
             value,
         )
     set_threads(config.threads)
-    data, module = build(config)
+    data, module = build(config, start=False)
     load_weights(module, folder / "checkpoints" / "best.ckpt")
     return config, data, module.eval()
 
