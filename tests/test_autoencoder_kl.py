@@ -212,7 +212,7 @@ def test_weights_of_another_architecture_are_refused_by_the_keys_that_differ_and
     assert "holds weights of another architecture" in str(told.value)
     assert "decoder.up_blocks.0.resnets.2.conv1.bias has no place here" in str(told.value)
     assert str(told.value).endswith("and 28 more keys differ. Its config.json asks for network.layers_per_block=2.")
-    with pytest.raises(VAEError, match=r"decoder.conv_in.weight is \(16, 2, 3, 3\) there and \(16, 3, 3, 3\) here"):
+    with pytest.raises(VAEError, match=r"encoder.conv_out.weight is \(4, 16, 3, 3\) there and \(6, 16, 3, 3\) here"):
         pair(weights=str(folder), channels=3, **SMALL)
     with pytest.raises(VAEError, match=r"asks for model.latent_dim=48\.$"):
         pair(weights=str(folder), channels=3, **SMALL)

@@ -235,8 +235,9 @@ def facts(config: DictConfig, data: ImageDataModule, module: VAEModule, override
     """What later commands need to know of a run and would otherwise have to guess: facts.json.
 
     data: the name of the data set; image_shape: (C, H, W); num_classes: of the labels that the model is given, 0 for none;
-    latent_shape: (c, h, w) of a latent that is a map, or (D,); latent_label: whether the label is a latent variable too; likelihood: its class; discrete: whether it is a mass, not a
-    density (likelihoods of the two never compare); set: the settings that the command line set; vae: the version.
+    latent_shape: (c, h, w) of a latent that is a map, or (D,); latent_label: whether the label is a latent variable too;
+    likelihood: its class; discrete: whether it is a mass, not a density (likelihoods of the two never compare); set: the
+    settings that the command line set; vae: the version.
     """
     source = str(config.data.source._target_ if "source" in config.data else config.data._target_)
     return {

@@ -32,27 +32,28 @@ def kl_maps(kl: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
     """KL of each channel in nats, largest first, over the map of what each of its places carries; one scale for all maps."""
     by_channel, order = channels_by_kl(kl, latent_shape)
     shown, maps = order[:MOST_CHANNELS].tolist(), kl.reshape(latent_shape).cpu().numpy()
-    columns = min(8, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(6, 2.6 + 1.1 * rows), dpi=120)
-    height = 2.6 / (2.6 + 1.1 * rows)
-    axes = figure.add_axes((0.12, 1 - 0.72 * height - 0.05, 0.85, 0.66 * height))
+    _, height, width = latent_shape
+    columns = 4 if len(shown) <= 4 else 8
+    rows, gap = -(-len(shown) // columns), max(1.0, 0.15 * height)
+    sheet = np.full(
+        (rows * (height + 2 * int(gap)), columns * (width + int(gap))), np.nan
+    )  # room above each for its name
+    below = 6 * sheet.shape[0] / sheet.shape[1]
+    figure = Figure(figsize=(6, 2.6 + below), dpi=120)
+    part = below / (2.6 + below)
+    axes = figure.add_axes((0.12, part + 0.22 * (1 - part), 0.85, 0.63 * (1 - part)))
     values = by_channel[order].cpu().numpy()
     axes.bar(np.arange(len(values)), values, color="#3b6ea8")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="channel, by KL", ylabel="KL (nats)", title=f"rate {values.sum():.2f} nats")
+    place = figure.add_axes((0, 0, 1, part))
     for i, channel in enumerate(shown):
-        side, row = 0.85 / columns, i // columns
-        box = (
-            0.12 + side * (i % columns),
-            (1 - height) * (1 - (row + 1) / rows) + 0.01,
-            0.92 * side,
-            (1 - height) * 0.75 / rows,
-        )
-        place = figure.add_axes(box)
-        place.imshow(maps[channel], vmin=0, vmax=max(float(maps.max()), 1e-9), cmap="viridis")
-        place.set_axis_off()
-        place.set_title(f"{channel}: {float(by_channel[channel]):.1f}", fontsize=7, pad=2)
+        top = (i // columns) * (height + 2 * int(gap)) + 2 * int(gap)
+        left = (i % columns) * (width + int(gap))
+        sheet[top : top + height, left : left + width] = maps[channel]
+        place.text(left, top - 0.7, f"{channel}: {float(by_channel[channel]):.1f}", fontsize=7)
+    place.imshow(sheet, vmin=0, vmax=max(float(maps.max()), 1e-9), cmap="viridis")
+    place.set_axis_off()
     return draw(figure)
 
 
