@@ -86,6 +86,7 @@ def model_card(run: LoadedRun, licence: str | None, how_loaded: str = HOW_LOADED
         "image shape": tuple(facts["image_shape"]),
         "latent size": run.vae.latent_dim if len(run.latent_shape) == 1 else run.latent_shape,
         "network": config["network"]["_target_"],
+        "weights": facts.get("weights", "as trained"),
         "likelihood": config["likelihood"]["_target_"],
         "prior": config["prior"]["_target_"],
         "objective": (config.get("objective") or {}).get("_target_", "not recorded"),

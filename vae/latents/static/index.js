@@ -194,10 +194,9 @@ class Panel {
     this.maps = channels.map((channel) => {
       const first = channel * places, now = canvas("now", "z as it is: click a place for its slider"), carried = canvas("carried", "KL of each place");
       const move = make("input", { type: "range", min: -3, max: 3, step: 0.01, value: 0, title: "move the whole channel" });
-      let before = 0;
       move.oninput = () => {
-        for (let i = first; i < first + places; i++) this.z[i] += +move.value - before;
-        before = +move.value;
+        const shift = +move.value - this.level(first, places);
+        for (let i = first; i < first + places; i++) this.z[i] += shift;
         this.show();
       };
       now.onclick = (event) => {
@@ -212,11 +211,13 @@ class Panel {
       const total = kl ? ` · ${kl.slice(first, first + places).reduce((a, b) => a + b, 0).toFixed(1)} nats` : "";
       const node = make("div", { className: "channel" }, `channel ${channel}${total}`, make("div", { className: "pair" }, now, ...(kl ? [carried] : [])), move);
       node.dataset.channel = channel;
-      return { first, now, node, reach: Math.max(3, ...Array.from({ length: places }, (_, k) => Math.abs(mean[first + k]) + 2 * std[first + k])) };
+      return { first, places, now, move, node, reach: Math.max(3, ...Array.from({ length: places }, (_, k) => Math.abs(mean[first + k]) + 2 * std[first + k])) };
     });
     return make("div", {}, make("h3", { textContent: "Channels of the latent map by KL: as it is now, and what each place carries" }),
       make("div", { className: "maps" }, ...this.maps.map(({ node }) => node)));
   }
+
+  level(first, places) { return this.z.slice(first, first + places).reduce((a, b) => a + b, 0) / places; }
 
   shade(canvas, level) {
     const context = canvas.getContext("2d"), pixels = context.createImageData(canvas.width, canvas.height);
@@ -258,7 +259,10 @@ class Panel {
       input.value = this.z[i];
       output.textContent = this.z[i].toFixed(2);
     }
-    for (const { first, now, reach } of this.maps || []) this.shade(now, (k) => 127.5 * (1 + this.z[first + k] / reach));
+    for (const { first, places, now, move, reach } of this.maps || []) {
+      this.shade(now, (k) => 127.5 * (1 + this.z[first + k] / reach));
+      move.value = this.level(first, places);
+    }
     this.paint?.();
     this.stale = true;
     if (this.busy) return;
