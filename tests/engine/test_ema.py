@@ -111,7 +111,9 @@ def test_a_run_with_averaged_weights_and_skipped_updates_killed_again_and_again_
     tiny, tmp_path
 ):
     often = ["callbacks=[ema,gradients]", *OFTEN[1:], "callbacks.ema.decay=0.9", "callbacks.gradients.skip_above=2.5"]
-    config = tiny(*often, "callbacks.pictures.every_n_epochs=2", "trainer.max_epochs=5", "trainer.gradient_clip_val=1.5")
+    config = tiny(
+        *often, "callbacks.pictures.every_n_epochs=2", "trainer.max_epochs=5", "trainer.gradient_clip_val=1.5"
+    )
     train(config, tmp_path / "whole", [], progress_bar=False)
     for moment in (
         ("last.ckpt", 2, "before"),
