@@ -25,8 +25,10 @@ from vae.evaluation.latent import (
     radial_power_spectrum,
     statistics,
 )
+from vae.evaluation.measures import MEASURES
 from vae.evaluation.reconstruction import reconstruction_quality
 from vae.evaluation.samples import trained_classifier
+from vae.evaluation.work import Work
 from vae.gaussian import DiagonalGaussian
 
 
@@ -141,6 +143,11 @@ def test_kl_of_gaussians_to_the_prior_is_the_closed_form():
     assert gaussian_kl_to_prior(normal(3, 5)) == math.inf  # singular
 
 
+def test_the_kl_of_draws_of_the_prior_is_as_large_as_its_docstring_says():
+    n, d = 2000, 60
+    assert gaussian_kl_to_prior(normal(n, d)) == pytest.approx(d * (d + 3) / (4 * n), rel=0.1)
+
+
 def test_statistics_are_per_channel_over_images_and_places():
     maps = torch.stack([normal(50, 3, 4), 2 * normal(50, 3, 4, seed=1) + 5], 1)  # (50, 2, 3, 4)
     mean = maps.clone()
@@ -224,9 +231,24 @@ def test_an_encoder_that_is_the_prior_is_at_no_distance_from_it(tiny, quick):
     means = with_moments(torch.tensor([3.0, 0]).double(), torch.tensor([[4.0, 0], [0, 1]]).double(), 60).float()
     vae.encode = lambda x, y=None: DiagonalGaussian(means[: len(x)], torch.full((len(x), 2), -60.0))
     found = latent_quality(vae, data, 60)
-    assert found["dimension_wise_gaussian_kl"] == pytest.approx(0.5 * (4 + 9 - 1 - math.log(4)), rel=1e-4)
-    assert found["gaussian_kl"] == pytest.approx(found["dimension_wise_gaussian_kl"], rel=1e-4)
+    assert found["dimension_wise_gaussian_kl_n60"] == pytest.approx(0.5 * (4 + 9 - 1 - math.log(4)), rel=1e-4)
+    assert found["gaussian_kl_n60"] == pytest.approx(found["dimension_wise_gaussian_kl_n60"], rel=1e-4)
     assert found["channel0_mean"] == pytest.approx(3, rel=1e-4) and found["channel0_std"] == pytest.approx(2, rel=1e-4)
-    assert found["prior_frechet_distance"] == pytest.approx(9 + 1, rel=0.2)  # of 60 draws of the prior
+    assert found["prior_frechet_distance_n60"] == pytest.approx(9 + 1, rel=0.2)  # of 60 draws of the prior
     assert not any(name.startswith(("power", "equivariance")) for name in found)
     assert latent.MOST_CHANNELS == 64
+
+
+TWO_LAYERS = ["prior=two_layer", "posterior=two_layer", "prior.top_dim=2", "posterior.top_dim=2"]
+M2 = ["objective=m2", "+data.labeled=20", "posterior=planar", "prior=mixture"]
+
+
+@pytest.mark.parametrize("kind", [M2, ["objective=cvae", "network=made", *TWO_LAYERS]], ids=["m2", "cvae"])
+def test_models_of_other_kinds_are_measured_given_their_labels(kind, tiny, quick, monkeypatch, tmp_path):
+    monkeypatch.setenv("VAE_CACHE_DIR", str(tmp_path))
+    data, module = build(tiny(*kind))
+    given = "_given_label" * (kind is M2)
+    for name, key in (("latent", "prior_frechet_distance_n20"), ("reconstruction", "psnr")):
+        found = MEASURES[name](module.vae.eval(), data, "test", Work(name), images=20)
+        assert all(map(math.isfinite, found.values())) and key + given in found
+        assert "gaussian_kl_n20" not in found

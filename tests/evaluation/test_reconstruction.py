@@ -81,7 +81,8 @@ def by_hand(a, b, exponents):
         if scale == len(exponents) - 1:
             contrast = contrast * (2 * ma * mb + 0.01**2) / (ma**2 + mb**2 + 0.01**2)
         value *= contrast.mean() ** exponent
-        a, b = (x.reshape(len(x) // 2, 2, -1, 2).mean((1, 3)) for x in (a, b))
+        even = len(a) // 2 * 2
+        a, b = (x[:even, :even].reshape(even // 2, 2, -1, 2).mean((1, 3)) for x in (a, b))
     return value
 
 
@@ -91,7 +92,7 @@ def test_ms_ssim_is_that_of_its_definition_and_at_one_scale_ssim(side):
     scales = scales_of((1, side, side))
     published = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales]
     assert scales == {176: 5, 48: 3}[side]
-    exponents = [weight / sum(published) for weight in published]
+    exponents = published if scales == 5 else [weight / sum(published) for weight in published]
     expected = [by_hand(one.numpy(), other.numpy(), exponents) for one, other in zip(a[:, 0], b[:, 0], strict=True)]
     assert ms_ssim(a, b, scales).tolist() == pytest.approx(expected, rel=1e-9)
     assert ms_ssim(a, b, 1).tolist() == pytest.approx(ssim(a, b).tolist())

@@ -66,7 +66,7 @@ def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEM
     Raises VAEError for a combination that makes no sense.
     """
     if not start and config.network.get("weights"):
-        config = OmegaConf.merge(config, {"network": {"weights": None}})
+        config = OmegaConf.create({**config, "network": {**config.network, "weights": None}})
     data = build_data(config)
 
     def images(n: int) -> Tensor:

@@ -168,7 +168,7 @@ def _diffusers(run: LoadedRun, out: Path, licence: str | None, save: Any) -> lis
     else:
         moments = Moments(run.vae.latent_dim, (1, 1, run.vae.latent_dim))  # as one channel
         for part in x.split(250):
-            posterior = run.encode(part)
+            posterior: Any = run.encode(part)
             moments.add(posterior.mean, posterior.log_var.exp())
         scale = 1 / float(moments.compute()["channel_std"][0])
         scaled = f"scaling_factor is 1 over the standard deviation of the latents of {len(x)} training images"

@@ -140,10 +140,12 @@ def latent_quality(
 
     mean, std of z over everything, and channelI_mean, channelI_std of up to MOST_CHANNELS channels (of a flat latent, its
     dimensions); effective_rank of the means, and effective_rank_of_channels over images and places; skewness,
-    excess_kurtosis, ks of z by channel; active_units of D; prior_frechet_distance, of the moments of z to those of as many
-    draws of the prior; with N(0, I) dimension_wise_gaussian_kl, and gaussian_kl where there are more images than latents.
+    excess_kurtosis, ks of z by channel; active_units of D; prior_frechet_distance_nN, of the moments of z to those of as many
+    draws of the prior; with N(0, I) dimension_wise_gaussian_kl_nN, and gaussian_kl_nN where N > D, which a Gaussian q(z)
+    exceeds by about D (D + 3) / 4 N nats. What takes a covariance of D x D is left out beyond MOST_DIMENSIONS.
     Of a latent that is a map also equivariance_error_shift (by one place, circular), _rotation (by 90 degrees, of square
-    images) and _scale (by 1/2, the mean of 2 x 2), and power_kK, the power of the means at K cycles over their mean power.
+    images) and _scale (by 1/2, the mean of 2 x 2, of an even number of places), and power_kK, the power of the means at K
+    cycles over their mean power.
     Where the data have labels, interpolated_frechet_distance_nN: images decoded half-way from each mean to its nearest
     neighbour, against the images (arXiv 2603.05630), on the classifier's features.
     """
@@ -160,11 +162,11 @@ def latent_quality(
     mean, z = torch.cat(means), torch.cat(draws)
     found = statistics(mean, z, vae.latent_shape)
     prior = vae.prior.sample(len(z), generator(seed, "prior", device=device))
-    found["prior_frechet_distance"] = frechet_distance(z, prior)
+    found[f"prior_frechet_distance_n{len(z)}"] = frechet_distance(z, prior)
     if isinstance(vae.prior, StandardNormal):
-        found["dimension_wise_gaussian_kl"] = gaussian_kl_to_prior(z, diagonal=True)
+        found[f"dimension_wise_gaussian_kl_n{len(z)}"] = gaussian_kl_to_prior(z, diagonal=True)
         if vae.latent_dim < len(z) and vae.latent_dim <= MOST_DIMENSIONS:
-            found["gaussian_kl"] = gaussian_kl_to_prior(z)
+            found[f"gaussian_kl_n{len(z)}"] = gaussian_kl_to_prior(z)
     if vae.spatial:
         found |= _of_maps(vae, x.to(device), None if y is None else y.to(device), mean.unflatten(1, vae.latent_shape))
     if has_labels(data) and len(x) > 1:

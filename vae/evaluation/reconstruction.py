@@ -62,7 +62,8 @@ def ms_ssim(a: Tensor, b: Tensor, scales: int) -> Tensor:
     Wang et al. 2003, equation 7; images are halved by the mean of 2 x 2 pixels. With fewer than the five published scales the
     exponents of those there are, divided by their sum. A negative mean counts as 0. Raises VAEError for images too small.
     """
-    exponents = [weight / sum(SCALES[:scales]) for weight in SCALES[:scales]]
+    total_weight = 1.0 if scales == len(SCALES) else sum(SCALES[:scales])
+    exponents = [weight / total_weight for weight in SCALES[:scales]]
     total = torch.ones(a.shape[:2], dtype=wide(a).dtype, device=a.device)
     for scale, exponent in enumerate(exponents):
         luminance, contrast = _similarities(a, b)

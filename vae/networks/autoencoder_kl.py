@@ -6,6 +6,7 @@ Modules have the names of diffusers' `AutoencoderKL`, so that its weights are ou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,14 @@ class SpatialEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.num_classes, outputs = num_classes, 2 * latent_shape[0]
+        #: What its sizes follow from, by the names of diffusers' config.
+        self.settings: dict[str, Any] = {
+            "block_out_channels": list(widths),
+            "layers_per_block": layers,
+            "norm_num_groups": groups,
+            "mid_block_add_attention": attention,
+            "use_quant_conv": quant_conv,
+        }
         self.conv_in = nn.Conv2d(channels + num_classes, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock(widths[max(i - 1, 0)], width, layers, groups, halves=i < len(widths) - 1)
@@ -117,6 +126,8 @@ class SpatialEncoder(nn.Module):
 
 class SpatialDecoder(Decoder):
     """(N, c h w) [, y] -> (N, P, C, H, W), of a latent that is a map (c, h, w)."""
+
+    latent_shape: tuple[int, int, int]
 
     def __init__(
         self,
@@ -150,7 +161,7 @@ class SpatialDecoder(Decoder):
         """Start each channel's bias at the mean of that of its pixels; not where it came with trained weights."""
         if not self.keeps_bias:
             with torch.no_grad():
-                self.conv_out.bias.copy_(2 * bias.mean((-2, -1)).flatten() - 1)
+                self.conv_out.state_dict()["bias"].copy_(2 * bias.mean((-2, -1)).flatten() - 1)
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         h = self.post_quant_conv(with_label_maps(z.unflatten(-1, self.latent_shape), y, self.num_classes))

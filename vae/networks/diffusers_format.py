@@ -41,7 +41,7 @@ def state_dict(encoder: SpatialEncoder, decoder: SpatialDecoder) -> dict[str, Te
 
 def architecture(encoder: SpatialEncoder, decoder: SpatialDecoder) -> dict[str, Any]:
     """What the format's config.json says of the networks."""
-    widths = [block.resnets[-1].conv2.out_channels for block in encoder.down_blocks]
+    widths = encoder.settings["block_out_channels"]
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": encoder.conv_in.in_channels,
@@ -49,13 +49,9 @@ def architecture(encoder: SpatialEncoder, decoder: SpatialDecoder) -> dict[str, 
         "latent_channels": decoder.latent_shape[0],
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "block_out_channels": widths,
-        "layers_per_block": len(encoder.down_blocks[0].resnets),
-        "norm_num_groups": encoder.conv_norm_out.num_groups,
+        **encoder.settings,
+        "use_post_quant_conv": encoder.settings["use_quant_conv"],
         "act_fn": "silu",
-        "mid_block_add_attention": len(encoder.mid_block.attentions) > 0,
-        "use_quant_conv": isinstance(encoder.quant_conv, torch.nn.Conv2d),
-        "use_post_quant_conv": isinstance(decoder.post_quant_conv, torch.nn.Conv2d),
         "sample_size": max(decoder.image_shape[1:]),
     }
 

@@ -38,29 +38,29 @@ class EMA(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps, self.others, self.averaged = (state_dict[name] for name in ("steps", "others", "averaged"))
 
-    def on_train_start(self, trainer: pl.Trainer, module: VAEModule) -> None:
-        weights = dict(module.vae.named_parameters())
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        weights = dict(pl_module.vae.named_parameters())
         if not self.others:
             self.others = {name: weight.detach().clone() for name, weight in weights.items()}
         # a checkpoint brings them on the CPU
         self.others = {name: value.to(weights[name].device) for name, value in self.others.items()}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: VAEModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.averaged:
-            self._exchange(module)
+            self._exchange(pl_module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: VAEModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.steps:  # batches were accumulated
             return
         self.steps = trainer.global_step
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         with torch.no_grad():
-            weights = [weight.detach() for weight in module.vae.parameters()]
+            weights = [weight.detach() for weight in pl_module.vae.parameters()]
             torch._foreach_lerp_(list(self.others.values()), weights, 1 - decay)
 
-    def on_validation_start(self, trainer: pl.Trainer, module: VAEModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not self.averaged:
-            self._exchange(module)
+            self._exchange(pl_module)
 
     @torch.no_grad()
     def _exchange(self, module: VAEModule) -> None:

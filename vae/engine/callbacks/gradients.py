@@ -9,7 +9,6 @@ import pytorch_lightning as pl
 import torch
 
 from vae.engine.callbacks.records import Reporter
-from vae.engine.module import VAEModule
 from vae.errors import VAEError
 
 MOST_IN_A_ROW = 100  # skipped updates, beyond which nothing is learned any more
@@ -39,9 +38,7 @@ class Gradients(Reporter):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.__dict__.update(state_dict)
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, module: VAEModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
         self.largest = max(self.largest, norm) if math.isfinite(norm) else math.inf
@@ -58,11 +55,11 @@ class Gradients(Reporter):
             )
         optimizer.zero_grad(set_to_none=True)  # parameters without a gradient are left as they are
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: VAEModule, *_: Any) -> None:
-        if module.steps % trainer.log_every_n_steps == 0:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.steps % trainer.log_every_n_steps == 0:
             norm = {"train/gradient_norm": torch.tensor(self.largest)}
             counts = {name: torch.tensor(float(value)) for name, value in self.metrics.items()}
-            module.record({**norm, **counts}, module.steps - 1)
+            pl_module.record({**norm, **counts}, pl_module.steps - 1)
             self.largest = 0.0
 
     @property
