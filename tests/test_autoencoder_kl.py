@@ -311,3 +311,13 @@ def test_the_output_bias_starts_each_channel_at_the_mean_of_its_pixels():
     decoder.set_output_bias(bias)
     expected = bias.mean((-2, -1), keepdim=True).expand_as(bias)
     torch.testing.assert_close(decoder(inputs(1, 48))[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_config_that_leaves_out_settings_means_those_of_the_format(tmp_path):
+    pytest.importorskip("safetensors")
+    folder = written(tmp_path / "a", *pair(**SMALL))
+    said = json.loads((folder / "config.json").read_text())
+    del said["norm_num_groups"]
+    (folder / "config.json").write_text(json.dumps(said))
+    with pytest.raises(VAEError, match=r"give network.norm_num_groups=32\.$"):
+        pair(weights=str(folder), **SMALL)

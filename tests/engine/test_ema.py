@@ -200,6 +200,14 @@ def test_gradients_that_are_not_finite_are_skipped_without_a_threshold(tiny, tmp
     assert callback.skipped == 1 and weights(module).isfinite().all()
 
 
+def test_skipped_updates_are_counted_in_a_row(tiny, tmp_path):
+    norms = stepped(tiny, tmp_path / "all", None)[0].norms
+    callback, _ = stepped(tiny, tmp_path / "some", sorted(norms)[4])
+    last = [norm > sorted(norms)[4] for norm in callback.norms]
+    assert callback.in_a_row == next((k for k, skipped in enumerate(reversed(last)) if not skipped), 8)
+    assert callback.in_a_row < callback.skipped
+
+
 def test_a_threshold_that_lets_nothing_pass_ends_the_run_in_a_sentence(tiny, tmp_path):
     config = tiny(
         "callbacks=gradients", "callbacks.gradients.skip_above=1e-6", "data.batch_size=1", "trainer.max_epochs=9"

@@ -216,7 +216,7 @@ def test_latents_of_a_spatial_model_have_every_measure_each_of_its_own_numbers(t
         "equivariance_error_rotation",
         "power_k0",
         "power_k2",
-        "gaussian_kl",
+        "gaussian_kl_n60",
         "interpolated_frechet_distance_n60",
     } <= set(found)
     counts = radial_power_spectrum(maps)[1]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vae.errors import VAEError
-from vae.networks.autoencoder_kl import SpatialDecoder, SpatialEncoder
+
+if TYPE_CHECKING:
+    from vae.networks.autoencoder_kl import SpatialDecoder, SpatialEncoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 #: Modules that stand beside encoder and decoder there, and the part of ours that they are in.
