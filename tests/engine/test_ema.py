@@ -11,9 +11,9 @@ from kills import OFTEN, assert_the_same, killed, left_by
 
 import vae
 from vae.engine.build import build
-from vae.engine.callbacks import pictures
+from vae.engine.callbacks import gradients, pictures
 from vae.engine.callbacks.ema import EMA
-from vae.engine.callbacks.gradients import MOST_IN_A_ROW, Gradients
+from vae.engine.callbacks.gradients import Gradients
 from vae.engine.run import train
 from vae.engine.trainer import build_trainer
 from vae.errors import VAEError
@@ -53,7 +53,7 @@ def watched(tiny, tmp_path, decay, *overrides):
     return first, ema, module
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
+@pytest.mark.parametrize("decay", [0.3, 0.999])
 def test_the_average_after_n_steps_is_the_closed_form(decay, tiny, tmp_path):
     first, ema, _ = watched(tiny, tmp_path, decay)
     assert len(ema.seen) == ema.steps == 8
@@ -78,8 +78,12 @@ def test_training_goes_on_with_the_plain_weights_as_if_nothing_were_averaged(tin
 
 
 def test_accumulated_batches_are_one_step_of_the_average(tiny, tmp_path):
-    _, ema, _ = watched(tiny, tmp_path, 0.9, "+trainer.accumulate_grad_batches=2")
+    first, ema, _ = watched(tiny, tmp_path, 0.9, "+trainer.accumulate_grad_batches=2")
     assert len(ema.seen) == 8 and ema.steps == 4
+    average = first
+    for n, after in enumerate(ema.seen[1::2], 1):
+        average = torch.lerp(average, after, 1 - (1 + n) / (10 + n))
+    torch.testing.assert_close(ema.validated[1], average, rtol=1e-5, atol=1e-6)
 
 
 def test_the_averaged_weights_are_validated_tested_kept_and_said_to_be(tiny, tmp_path):
@@ -107,28 +111,43 @@ def test_the_averaged_weights_are_validated_tested_kept_and_said_to_be(tiny, tmp
     assert json.loads((folder / "facts.json").read_text())["weights"] == "an exponential moving average of decay 0.9"
 
 
-def test_a_run_with_averaged_weights_and_skipped_updates_killed_again_and_again_ends_as_one_never_stopped(
-    tiny, tmp_path
-):
-    often = ["callbacks=[ema,gradients]", *OFTEN[1:], "callbacks.ema.decay=0.9", "callbacks.gradients.skip_above=2.5"]
-    config = tiny(
-        *often, "callbacks.pictures.every_n_epochs=2", "trainer.max_epochs=5", "trainer.gradient_clip_val=1.5"
-    )
+MOMENTS = [
+    ("last.ckpt", 2, "before"),
+    ("best.ckpt", 1, "after"),
+    ("last.ckpt", 1, "after"),  # in the middle of an epoch: the plain weights
+    ("last.ckpt", 2, "after"),  # after a validation: the averaged ones
+    ("last.ckpt", 1, "after"),
+    ("traversals.png", 1, "before"),
+    ("metrics.json", 1, "before"),
+]
+
+
+def killed_at(moments, tiny, tmp_path, *overrides):
+    often = [*OFTEN[2:], "callbacks.ema.decay=0.9", "callbacks.gradients.skip_above=2.5", *overrides]
+    config = tiny(*often, "trainer.gradient_clip_val=1.5")
     train(config, tmp_path / "whole", [], progress_bar=False)
-    for moment in (
-        ("last.ckpt", 2, "before"),
-        ("best.ckpt", 1, "after"),
-        ("last.ckpt", 1, "after"),  # in the middle of an epoch: the plain weights
-        ("last.ckpt", 2, "after"),  # after a validation: the averaged ones
-        ("last.ckpt", 1, "after"),
-        ("traversals.png", 1, "before"),
-        ("metrics.json", 1, "before"),
-    ):
+    for moment in moments:
         assert killed(config, tmp_path / "cut", moment), moment
     assert not killed(config, tmp_path / "cut")
     whole = left_by(tmp_path / "whole")
     assert whole["metrics"]["train/skipped_updates"] > 0 < whole["metrics"]["train/clipped_updates"]
     assert_the_same(left_by(tmp_path / "cut"), whole)
+
+
+def test_a_run_with_averaged_weights_and_skipped_updates_killed_while_it_has_either_ends_as_one_never_stopped(
+    tiny, tmp_path
+):
+    moments = [
+        ("last.ckpt", 2, "after"),
+        ("last.ckpt", 2, "after"),
+    ]  # after step 6, and after the validation at step 12
+    killed_at(moments, tiny, tmp_path, "callbacks=[ema,gradients,minimal]", "trainer.max_epochs=4")
+
+
+@pytest.mark.slow
+def test_and_killed_again_and_again_at_every_moment_of_writing(tiny, tmp_path):
+    drawn = ["callbacks=[ema,gradients]", "callbacks.pictures.points=16", "callbacks.pictures.every_n_epochs=2"]
+    killed_at(MOMENTS, tiny, tmp_path, *drawn, "trainer.max_epochs=5")
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -142,8 +161,8 @@ class Norms(Gradients):
         self.norms, self.weights = [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        gradients = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-        self.norms.append(gradients.double().square().sum().sqrt().item())
+        flat = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        self.norms.append(flat.double().square().sum().sqrt().item())
         self.weights.append(
             (weights(module), optimizer.state_dict()["state"].get(0, {}).get("step", torch.zeros(())).clone())
         )
@@ -208,11 +227,11 @@ def test_skipped_updates_are_counted_in_a_row(tiny, tmp_path):
     assert callback.in_a_row < callback.skipped
 
 
-def test_a_threshold_that_lets_nothing_pass_ends_the_run_in_a_sentence(tiny, tmp_path):
-    config = tiny(
-        "callbacks=gradients", "callbacks.gradients.skip_above=1e-6", "data.batch_size=1", "trainer.max_epochs=9"
-    )
-    with pytest.raises(VAEError, match=f"The last {MOST_IN_A_ROW} updates were .*gradients.skip_above=1e-06"):
+def test_a_threshold_that_lets_nothing_pass_ends_the_run_in_a_sentence(tiny, tmp_path, monkeypatch):
+    assert gradients.MOST_IN_A_ROW == 100
+    monkeypatch.setattr(gradients, "MOST_IN_A_ROW", 3)
+    config = tiny("callbacks=[gradients,minimal]", "callbacks.gradients.skip_above=1e-6", "trainer.max_epochs=2")
+    with pytest.raises(VAEError, match=r"The last 3 updates were skipped, .* callbacks.gradients.skip_above=1e-06"):
         train(config, tmp_path / "run", [], progress_bar=False)
 
 

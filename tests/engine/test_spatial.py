@@ -231,6 +231,10 @@ def test_the_tab_shows_a_map_by_channels_and_takes_more_latents_than_it_has_slid
     assert summary["map"] == list(SHAPE) and summary["latents"] == 32
     by_channel = torch.tensor(summary["kl"]).reshape(2, -1).sum(1)
     assert summary["channels"] == by_channel.argsort(descending=True).tolist()
+    shown = session.Session(folder)
+    carried = torch.zeros(32).index_fill(0, torch.tensor([1, 3]), 1.0)  # places of channel 0
+    shown.__dict__["encoded"] = shown.encoded._replace(kl=carried)
+    assert shown.summary()["channels"] == [0, 1]
     monkeypatch.setattr(session, "MOST_PLACES", 16)
     plugin = LatentsPlugin(TBContext(logdir=str(folder.parent)))
     answer = Client(plugin.get_plugin_apps()["/summary"]).get("/", query_string={"run": "run"})

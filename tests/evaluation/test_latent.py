@@ -243,7 +243,11 @@ TWO_LAYERS = ["prior=two_layer", "posterior=two_layer", "prior.top_dim=2", "post
 M2 = ["objective=m2", "+data.labeled=20", "posterior=planar", "prior=mixture"]
 
 
-@pytest.mark.parametrize("kind", [M2, ["objective=cvae", "network=made", *TWO_LAYERS]], ids=["m2", "cvae"])
+@pytest.mark.parametrize(
+    "kind",
+    [M2, pytest.param(["objective=cvae", "network=made", *TWO_LAYERS], marks=pytest.mark.slow)],
+    ids=["m2", "cvae"],
+)
 def test_models_of_other_kinds_are_measured_given_their_labels(kind, tiny, quick, monkeypatch, tmp_path):
     monkeypatch.setenv("VAE_CACHE_DIR", str(tmp_path))
     data, module = build(tiny(*kind))
