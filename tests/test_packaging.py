@@ -118,7 +118,7 @@ def test_the_wheel_holds_the_package_and_its_configs_but_none_that_need_a_checko
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "hydra_plugins").rglob("*.py")}
     expected |= {f"vae/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     expected = {name for name in expected if "__pycache__" not in name and not name.startswith("vae/conf/experiment/")}
-    expected.add("vae/conf/experiment/digits_sweep.yaml")
+    expected |= {f"vae/conf/experiment/{name}.yaml" for name in ("digits_sweep", "spatial_latents")}
     assert {name for name in files if ".dist-info/" not in name} == expected
     assert "vae/py.typed" in files
     assert f"vae-{vae.__version__}" in wheel.name

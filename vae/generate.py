@@ -14,7 +14,7 @@ def main(config: DictConfig) -> None:
     from rich.console import Console
 
     with sentences():
-        from vae.engine.callbacks.pictures import grid, to_png
+        from vae.engine.callbacks.drawing import grid, to_png
         from vae.engine.loading import load
         from vae.errors import whole
         from vae.files import named, new_folder

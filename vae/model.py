@@ -147,6 +147,16 @@ class VAE(nn.Module):
     def latent_dim(self) -> int:
         return self.prior.latent_dim
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(c, h, w) of a latent that is a map, `z.unflatten(-1, latent_shape)`; (D,) of a flat one."""
+        return self.decoder.latent_shape or (self.latent_dim,)
+
+    @property
+    def spatial(self) -> bool:
+        """Whether the latent is a map, whose channels and places are known as such."""
+        return self.decoder.latent_shape is not None
+
     def encode(self, x: Tensor, y: Tensor | None = None) -> Posterior:
         """q(z|x) or q(z|x, y); x (B, C, H, W) in [0, 1]. Its parameters are float32 however narrow the encoder's are."""
         if not ranks.are_sharing():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vae.data.module import ImageDataModule
 from vae.engine.build import build, instantiate
-from vae.engine.callbacks.pictures import as_rgb, grid
+from vae.engine.callbacks.drawing import as_rgb, grid
 from vae.engine.run import train
 from vae.errors import VAEError
 from vae.likelihoods import Bernoulli, ContinuousBernoulli, DiscretizedLogistic, DiscretizedLogisticMixture

@@ -21,6 +21,12 @@ from vae.evaluation.measures import MEASURES, check_options
 from vae.evaluation.work import Work
 
 TWO_LAYERS = ["prior=two_layer", "posterior=two_layer", "prior.top_dim=2", "posterior.top_dim=2"]
+SPATIAL = [
+    "network=autoencoder_kl",
+    "network.block_out_channels=[4,4]",
+    "network.norm_num_groups=2",
+    "model.latent_dim=16",
+]
 KINDS = {
     "plain": [],
     "dynamic": ["data.binarize=dynamic"],
@@ -33,6 +39,7 @@ KINDS = {
     "planar": ["posterior=planar"],
     "two_layer": TWO_LAYERS,
     "made": ["network=made"],
+    "spatial": SPATIAL,
     "gaussian": ["likelihood=gaussian_optimal"],
     "continuous_bernoulli": ["likelihood=continuous_bernoulli"],
     "discretized_logistic_mixture": ["likelihood=discretized_logistic_mixture"],
@@ -42,7 +49,8 @@ KINDS = {
     "m2, made": ["objective=m2", "+data.labeled=20", "network=made", "data.binarize=dynamic"],
 }
 NO_GAUSSIAN = re.compile("iaf|planar|two_layer")  # q(z|x) is no diagonal Gaussian
-SPLITS = [(kind, "test") for kind in KINDS] + [(kind, "train") for kind in ("dynamic", "cvae", "m2", "m2, made")]
+SPLITS = [pytest.param(kind, "test", marks=pytest.mark.slow if kind == "spatial" else ()) for kind in KINDS]
+SPLITS += [(kind, "train") for kind in ("dynamic", "cvae", "m2", "m2, made")]
 SMALL = {name: {"images": 4, "temperatures": 4, "chains": 4} for name in ("ais", "gaps")}
 
 

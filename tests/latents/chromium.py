@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,35 @@ class Page:
         self._browser.wait(30)
         os.close(self._in)
         os.close(self._out)
+
+
+@contextlib.contextmanager
+def tensorboard(logdir: Path, site: Path) -> Iterator[str]:
+    """The address of a TensorBoard that finds the plugin by the entry point that pyproject.toml declares.
+
+    site: a new folder.
+    """
+    root = Path(__file__).parents[2]
+    declared = re.search(
+        r'\[project\.entry-points\."tensorboard_plugins"\]\n(.*?)\n\n', (root / "pyproject.toml").read_text(), re.S
+    )
+    (site / "vae-0.dist-info").mkdir()
+    (site / "vae-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vae\nVersion: 0\n")
+    (site / "vae-0.dist-info" / "entry_points.txt").write_text(
+        f"[tensorboard_plugins]\n{declared[1].replace(chr(34), '')}\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logdir, "--host", "127.0.0.1", "--port", "0"]
+    server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    try:
+        for line in server.stderr:
+            seen += line
+            if address := re.search(r"http://127\.0\.0\.1:\d+/", line):
+                break
+        else:
+            raise RuntimeError(seen)
+        yield address[0]
+    finally:
+        server.terminate()
+        server.wait(30)

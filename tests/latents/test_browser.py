@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +21,6 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(chromium.found() is None, reason="needs Chromium: apt install chromium, or CHROMIUM=path"),
 ]
-ROOT = Path(__file__).parents[2]
 TAB = "[...document.querySelectorAll('iframe')].map((f) => f.contentDocument).find((d) => d?.querySelector('.panels'))"
 
 
@@ -63,29 +60,8 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tensorboard(sweep, tmp_path_factory):
-    """The address of a TensorBoard that finds the plugin by the entry point that pyproject.toml declares."""
-    site = tmp_path_factory.mktemp("site")
-    declared = re.search(
-        r'\[project\.entry-points\."tensorboard_plugins"\]\n(.*?)\n\n', (ROOT / "pyproject.toml").read_text(), re.S
-    )
-    (site / "vae-0.dist-info").mkdir()
-    (site / "vae-0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vae\nVersion: 0\n")
-    (site / "vae-0.dist-info" / "entry_points.txt").write_text(
-        f"[tensorboard_plugins]\n{declared[1].replace(chr(34), '')}\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", sweep, "--host", "127.0.0.1", "--port", "0"]
-    server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    seen = ""
-    for line in server.stderr:
-        seen += line
-        if address := re.search(r"http://127\.0\.0\.1:\d+/", line):
-            break
-    else:
-        pytest.fail(seen)
-    yield address[0]
-    server.terminate()
-    server.wait(30)
+    with chromium.tensorboard(sweep, tmp_path_factory.mktemp("site")) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,7 @@ def test_it_trains_every_network(tiny, name, network):
             "++data.source.subset={scale: 2, orientation: 4, x: 3, y: 3}",
         ]
     else:
-        overrides = []
+        overrides = ["model.latent_dim=16", "network.block_out_channels=[8,8,8]"] if network == "autoencoder_kl" else []
     data, module = built(tiny, name, f"network={network}", *overrides)
     terms = module.objective(module.vae, first_batch(data), generator("noise"), 3)
     assert_terms(terms)

@@ -70,6 +70,12 @@ def assemble(
     return VAE(encoder, decoder, prior, likelihood, facts.num_classes, family, facts.latent_label)
 
 
+def without_start(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config without the weights that its training began with: what reads its own needs no others to be there."""
+    network = config["network"]
+    return {**config, "network": {**network, "weights": None} if "weights" in network else network}
+
+
 def called(what: str, make: Any, *arguments: Any, **sizes: Any) -> Any:
     """`make(*arguments, **sizes)`. Where a class or function of this package or of torch cannot take the options that a
     config gives it, raises VAEError that shows them; one of the user's own keeps its traceback."""

@@ -58,11 +58,15 @@ def image_facts(data: ImageDataModule, objective: Objective) -> ImageFacts:
     return ImageFacts(data.image_shape, data.num_classes if objective.conditional else 0, objective.latent_label)
 
 
-def build(config: DictConfig) -> tuple[ImageDataModule, VAEModule]:
+def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEModule]:
     """The data and the untrained module that a config describes; initial weights follow from `config.seed`.
 
+    start: whether training begins with it; otherwise the weights that it is to begin with (`network.weights`) are not read,
+    since others replace them.
     Raises VAEError for a combination that makes no sense.
     """
+    if not start and config.network.get("weights"):
+        config = OmegaConf.create({**config, "network": {**config.network, "weights": None}})
     data = build_data(config)
 
     def images(n: int) -> Tensor:

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import vae
+from vae.engine.latents import Moments
 from vae.engine.loading import LoadedRun
 from vae.errors import VAEError
 from vae.files import new_folder, write_atomically, write_text
+from vae.likelihoods import LocationScale
+from vae.networks.autoencoder_kl import SpatialDecoder, SpatialEncoder
+from vae.networks.diffusers_format import WEIGHTS, architecture, state_dict
 
-FORMATS = ("safetensors", "torch_export", "onnx")
+FORMATS = ("safetensors", "torch_export", "onnx", "diffusers")
+SCALED_BY = 2000  # images, of whose latents diffusers' scaling_factor is the inverse standard deviation
 #: The parts of a run's config that its model is assembled from.
 PARTS = ("model", "network", "likelihood", "prior", "posterior")
 
@@ -52,6 +57,8 @@ def export(run: LoadedRun, out: Path, form: str = "safetensors", licence: str | 
         from safetensors.torch import save
     except ImportError as error:
         raise VAEError("Exporting needs safetensors: pip install 'vae[export]'.") from error
+    if form == "diffusers":
+        return _diffusers(run, out, licence, save)
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous().clone() for name, value in run.vae.state_dict().items()}
     write_atomically(out / "model.safetensors", lambda file: file.write(save(weights)))
@@ -63,7 +70,10 @@ def export(run: LoadedRun, out: Path, form: str = "safetensors", licence: str | 
     return names + {"safetensors": lambda *_: [], "torch_export": _torch_export, "onnx": _onnx}[form](run, out)
 
 
-def model_card(run: LoadedRun, licence: str | None) -> str:
+HOW_LOADED = "import vae\n\nrun = vae.load(FOLDER)\nimages = run.sample(16, seed=0)\n"
+
+
+def model_card(run: LoadedRun, licence: str | None, how_loaded: str = HOW_LOADED) -> str:
     """What the model is, how it was trained and measured, and how it is loaded, as Markdown."""
     facts, config = run.facts, run.config
     kept = ("elbo", "rate", "distortion", "bits_per_dim", "active_units")
@@ -74,8 +84,9 @@ def model_card(run: LoadedRun, licence: str | None) -> str:
     settings = {
         "data": facts.get("data", "not recorded"),
         "image shape": tuple(facts["image_shape"]),
-        "latent size": run.vae.latent_dim,
+        "latent size": run.vae.latent_dim if len(run.latent_shape) == 1 else run.latent_shape,
         "network": config["network"]["_target_"],
+        "weights": facts.get("weights", "as trained"),
         "likelihood": config["likelihood"]["_target_"],
         "prior": config["prior"]["_target_"],
         "objective": (config.get("objective") or {}).get("_target_", "not recorded"),
@@ -87,7 +98,7 @@ def model_card(run: LoadedRun, licence: str | None) -> str:
         f"---\nlibrary_name: vae\nlicense: {licence or 'unknown'}\ntags: [variational-autoencoder]\n---\n\n"
         f"# A variational autoencoder of {settings['data']}\n\n| setting | value |\n|---|---|\n{described}\n"
         f"Measured on the test split, in nats per image unless said otherwise:\n\n| metric | value |\n|---|---|\n{rows}\n"
-        "```python\nimport vae\n\nrun = vae.load(FOLDER)\nimages = run.sample(16, seed=0)\n```\n"
+        f"```python\n{how_loaded}```\n"
     )
 
 
@@ -137,3 +148,38 @@ def _onnx(run: LoadedRun, out: Path) -> list[str]:
         )
         names.append(f"{name}.onnx")
     return names
+
+
+def _diffusers(run: LoadedRun, out: Path, licence: str | None, save: Any) -> list[str]:
+    """The networks alone, as diffusers' `AutoencoderKL` reads them."""
+    encoder, decoder = run.vae.encoder, run.vae.decoder
+    if not (isinstance(encoder, SpatialEncoder) and isinstance(decoder, SpatialDecoder)):
+        raise VAEError("format=diffusers is for network=autoencoder_kl, and this run has another network.")
+    likelihood = run.vae.likelihood
+    if run.vae.num_classes or not (isinstance(likelihood, LocationScale) and likelihood.params_per_pixel == 1):
+        raise VAEError(
+            "format=diffusers needs a decoder that is given no labels and gives the mean image itself, as with "
+            "likelihood=gaussian, gaussian_learned, gaussian_optimal, laplace or laplace_learned."
+        )
+    try:
+        x = run.data.examples("train", SCALED_BY).x
+    except VAEError:  # an exported model, or data that are not here
+        scale, scaled = 1.0, "scaling_factor is 1: the data were not there to measure the latents on"
+    else:
+        moments = Moments(run.vae.latent_dim, (1, 1, run.vae.latent_dim))  # as one channel
+        for part in x.split(250):
+            posterior: Any = run.encode(part)
+            moments.add(posterior.mean, posterior.log_var.exp())
+        scale = 1 / float(moments.compute()["channel_std"][0])
+        scaled = f"scaling_factor is 1 over the standard deviation of the latents of {len(x)} training images"
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.contiguous().clone() for name, value in state_dict(encoder, decoder).items()}
+    write_atomically(out / WEIGHTS, lambda file: file.write(save(weights, {"format": "pt"})))
+    config = {**architecture(encoder, decoder), "scaling_factor": scale}
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    loaded = "from diffusers import AutoencoderKL\n\nautoencoder = AutoencoderKL.from_pretrained(FOLDER)\n"
+    loaded += "latents = autoencoder.encode(2 * images - 1).latent_dist.sample() * autoencoder.config.scaling_factor\n"
+    loaded += "images = (autoencoder.decode(latents / autoencoder.config.scaling_factor).sample + 1) / 2\n"
+    card = model_card(run, licence, loaded) + f"\nImages lie in [0, 1] here, and in [-1, 1] there; {scaled}.\n"
+    write_text(out / "README.md", card)
+    return [WEIGHTS, "config.json", "README.md"]

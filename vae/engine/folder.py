@@ -247,19 +247,23 @@ def facts(config: DictConfig, data: ImageDataModule, module: VAEModule, override
     """What later commands need to know of a run and would otherwise have to guess: facts.json.
 
     data: the name of the data set; image_shape: (C, H, W); num_classes: of the labels that the model is given, 0 for none;
-    latent_label: whether the label is a latent variable too; likelihood: its class; discrete: whether it is a mass, not a
-    density (likelihoods of the two never compare); images: `images_digest`; set: the settings that the command line set;
-    vae: the version.
+    latent_shape: (c, h, w) of a latent that is a map, or (D,); latent_label: whether the label is a latent variable too;
+    likelihood: its class; discrete: whether it is a mass, not a density (likelihoods of the two never compare); weights:
+    what those that are tested and kept are; images: `images_digest`; set: the settings that the command line set; vae: the
+    version.
     """
+    ema = (config.get("callbacks") or {}).get("ema")
     source = str(config.data.source._target_ if "source" in config.data else config.data._target_)
     return {
         "data": source.rsplit(".", 1)[-1],
         "images": images_digest(data),
         "image_shape": list(data.image_shape),
         "num_classes": module.vae.num_classes,
+        "latent_shape": list(module.vae.latent_shape),
         "latent_label": module.vae.latent_label,
         "likelihood": type(module.vae.likelihood).__name__,
         "discrete": module.vae.likelihood.discrete,
+        "weights": f"an exponential moving average of decay {ema.decay}" if ema else "as trained",
         "set": [override.partition("=")[0].lstrip("+~") for override in overrides],
         "vae": vae.__version__,
     }

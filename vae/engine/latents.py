@@ -27,8 +27,10 @@ def write_latents(run: LoadedRun, data: ImageDataModule, split: str, out: Path) 
 
     .npz: `mean` and, of a diagonal Gaussian posterior, `log_var` (N, D), one draw `z` (N, D) with the noise of evaluation,
     `label` (N, ...) and `name` (N,) where there are any, and `latent_mean`, `latent_std` (D,): those of z over the split and
-    the posterior's noise, which a second model needs to scale its input. .parquet: a row per image with the columns id,
-    mean_0 ..., and the last two as metadata. Raises VAEError for images of another shape or another ending.
+    the posterior's noise, which a second model needs to scale its input. Where the latent is a map, there are also its
+    `latent_shape` (c, h, w), to which the D numbers are reshaped, and `channel_mean`, `channel_std` (c,). .parquet: a row per
+    image with the columns id, mean_0 ..., and those of the whole split as metadata. Raises VAEError for images of another
+    shape or another ending.
     """
     if data.image_shape != run.image_shape:
         raise VAEError(f"This model takes images {run.image_shape}, and those of the data are {data.image_shape}.")
@@ -39,7 +41,7 @@ def write_latents(run: LoadedRun, data: ImageDataModule, split: str, out: Path) 
     os.close(handle)
     try:
         images = data.measured(split)
-        moments = Moments(run.vae.latent_dim)
+        moments = Moments(run.vae.latent_dim, run.latent_shape)
         rows = _rows(run, data, split, moments)
         write = _write_npz if out.suffix == ".npz" else _write_parquet
         write(Path(temporary), rows, len(images), images.names, moments)
@@ -50,9 +52,13 @@ def write_latents(run: LoadedRun, data: ImageDataModule, split: str, out: Path) 
 
 
 class Moments:
-    """Mean and variance of z over images and the posterior's noise: Var z = Var mean + E var (law of total variance)."""
+    """Mean and variance of z over images and the posterior's noise: Var z = Var mean + E var (law of total variance).
 
-    def __init__(self, latent_dim: int) -> None:
+    latent_shape: (c, h, w) of a latent that is a map; then also over the places of each channel.
+    """
+
+    def __init__(self, latent_dim: int, latent_shape: tuple[int, ...] = ()) -> None:
+        self.latent_shape = latent_shape
         self.count, self.sums = 0, torch.zeros(3, latent_dim, dtype=torch.float64)
 
     def add(self, mean: Tensor, var: Tensor) -> None:
@@ -62,7 +68,16 @@ class Moments:
 
     def compute(self) -> dict[str, np.ndarray]:
         mean, square, var = self.sums / self.count
-        return {"latent_mean": mean.numpy(), "latent_std": (square - mean.square() + var).clamp(min=0).sqrt().numpy()}
+        found = {"latent_mean": mean, "latent_std": self._std(mean, square, var)}
+        if len(self.latent_shape) > 1:
+            by_channel = [value.reshape(self.latent_shape[0], -1).mean(1) for value in (mean, square, var)]
+            found |= {"channel_mean": by_channel[0], "channel_std": self._std(*by_channel)}
+            found["latent_shape"] = torch.tensor(self.latent_shape)
+        return {name: value.numpy() for name, value in found.items()}
+
+    @staticmethod
+    def _std(mean: Tensor, square: Tensor, var: Tensor) -> Tensor:
+        return (square - mean.square() + var).clamp(min=0).sqrt()
 
 
 @torch.no_grad()

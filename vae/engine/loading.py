@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from vae.engine.assemble import ImageFacts, assemble, make_trusted
+from vae.engine.assemble import ImageFacts, assemble, make_trusted, without_start
 from vae.engine.stored import read_checkpoint, renewed
 from vae.errors import VAEError
 from vae.files import refuse_aliases
@@ -59,7 +59,7 @@ class LoadedRun:
             return torch.full((n, *facts.image_shape), 0.5)  # in place of training images: the weights replace it
 
         with torch.random.fork_rng(devices=[]):
-            vae = assemble(self.config, facts, grey, partial(make_trusted, trust=trust))
+            vae = assemble(without_start(self.config), facts, grey, partial(make_trusted, trust=trust))
         try:
             vae.load_state_dict(self._read_weights())
         except RuntimeError as error:
@@ -67,6 +67,8 @@ class LoadedRun:
         #: The model, in evaluation mode, its parameters without gradients.
         self.vae: VAE = vae.eval().requires_grad_(False).to(device)
         self.device, self.image_shape = torch.device(device), facts.image_shape
+        #: (c, h, w) of a latent that is a map: `z.unflatten(1, run.latent_shape)`; (D,) of a flat one.
+        self.latent_shape: tuple[int, ...] = vae.latent_shape
 
     # --- what is read -----------------------------------------------------------------------------------------------
 
@@ -181,8 +183,12 @@ class LoadedRun:
 
     @torch.no_grad()
     def decode(self, z: Any, y: Any = None) -> Tensor:
-        """Mean images at latents z (N, D)."""
+        """Mean images at latents z (N, D), or (N, c, h, w) where the latent is a map. Raises VAEError for another shape."""
         z = torch.as_tensor(z, dtype=torch.float32, device=self.device)
+        if tuple(z.shape[1:]) not in ((self.vae.latent_dim,), self.latent_shape):
+            of = "" if len(self.latent_shape) == 1 else f", or (N, c, h, w) with (c, h, w) = {self.latent_shape}"
+            raise VAEError(f"Latents of this model are (N, {self.vae.latent_dim}){of}, not {tuple(z.shape)}.")
+        z = z.flatten(1)
         return self.vae.mean_image(z, self._labels(y, len(z)))
 
     @torch.no_grad()
@@ -219,10 +225,14 @@ class LoadedRun:
             z[row, :, dimension] = torch.linspace(-reach, reach, steps, device=self.device)
         return self.decode(z.flatten(0, 1), y).unflatten(0, (len(dims), steps))
 
+    def _latent(self) -> str:
+        spatial = len(self.latent_shape) > 1
+        return f"latent_shape={self.latent_shape}" if spatial else f"latent_dim={self.vae.latent_dim}"
+
     def __repr__(self) -> str:
         target = {key: value for key, value in self.metrics.items() if key in ("test/elbo", "test/rate")}
         numbers = ", ".join(f"{key} {value:.2f}" for key, value in target.items())
-        return f"LoadedRun({str(self.path)!r}, latent_dim={self.vae.latent_dim}{', ' + numbers if numbers else ''})"
+        return f"LoadedRun({str(self.path)!r}, {self._latent()}{', ' + numbers if numbers else ''})"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class VAEModule(pl.LightningModule):
     def _log_window(self) -> None:
         self._end_part()
         if self._since_log.count:
-            self._record(self._training_terms(self._since_log), self.steps - 1)
+            self.record(self._training_terms(self._since_log), self.steps - 1)
         self._since_log = Means()
 
     def _refuse_disagreement(self) -> None:
@@ -137,7 +137,7 @@ class VAEModule(pl.LightningModule):
                     "trainer.devices=1."
                 )
 
-    def _record(self, metrics: dict[str, Tensor], step: int) -> None:
+    def record(self, metrics: dict[str, Tensor], step: int) -> None:
         """Let callbacks know of metrics, and write them to the loggers at once: before a checkpoint says they are."""
         self.log_dict(metrics, logger=False)
         for logger in self.trainer.loggers:
@@ -224,7 +224,7 @@ class VAEModule(pl.LightningModule):
             )
         self.validated = self.steps
         self.validation = {f"val/{name}": value for name, value in metrics.items()}
-        self._record(self.validation, self.steps - 1)
+        self.record(self.validation, self.steps - 1)
 
     def on_test_epoch_start(self) -> None:
         self._totals, self._terms, self._whole = ELBOTotals(), Means(), 0
@@ -254,7 +254,7 @@ class VAEModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._work.close()
         metrics = {**self._measured(), **self._log_likelihood.compute()}
-        self._record({f"test/{name}": value for name, value in metrics.items()}, self.steps)
+        self.record({f"test/{name}": value for name, value in metrics.items()}, self.steps)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

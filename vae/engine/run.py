@@ -188,7 +188,7 @@ def _fit_and_test(
     ranks = Crew() if ranks is None else ranks
     if ranks.first:
         remove_leftovers(folder)
-    data, module = build(config)
+    data, module = build(config, start=checkpoint is None)
     if ranks.world > 1:
         refuse_what_depends_on_rows(module)
     if ranks.first:
@@ -269,7 +269,7 @@ def load(folder: Path, **changes: Any) -> tuple[DictConfig, ImageDataModule, VAE
             value,
         )
     set_threads(config.threads)
-    data, module = build(config)
+    data, module = build(config, start=False)
     load_weights(module, folder / "checkpoints" / "best.ckpt")
     return config, data, module.eval()
 

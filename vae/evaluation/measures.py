@@ -21,6 +21,8 @@ from vae.evaluation.ais import bdmc, log_likelihood_ais, nll_ais, ticks
 from vae.evaluation.decomposition import elbo_decomposition, rows_at_a_time
 from vae.evaluation.disentanglement import METRICS, Codes, evaluate, floor_and_ceiling
 from vae.evaluation.gaps import LOCAL_STEPS, inference_gaps, search_ticks
+from vae.evaluation.latent import latent_quality
+from vae.evaluation.reconstruction import reconstruction_quality
 from vae.evaluation.samples import CLASSIFIER_STEPS, sample_quality
 from vae.evaluation.work import Work
 from vae.gaussian import DiagonalGaussian
@@ -52,6 +54,18 @@ def samples(vae: VAE, data: ImageDataModule, split: str, work: Work, images: int
         y = torch.randint(vae.num_classes, batch.y.shape, generator=generator(batch.seed, "labels of samples"))
     work.expect(CLASSIFIER_STEPS)
     return sample_quality(vae, data, images, split, cache=cache_folder() / "classifiers", y=y, tick=work)
+
+
+def reconstruction(vae: VAE, data: ImageDataModule, split: str, work: Work, images: int = 5000) -> dict[str, float]:
+    """Squared error, PSNR, SSIM, MS-SSIM and a Frechet distance of the reconstructions at the posterior mean."""
+    work.expect(CLASSIFIER_STEPS)
+    return named(vae, reconstruction_quality(vae, data, images, split, cache=cache_folder() / "classifiers", tick=work))
+
+
+def latent(vae: VAE, data: ImageDataModule, split: str, work: Work, images: int = 5000) -> dict[str, float]:
+    """Scales, rank, shape, equivariance and spectrum of the latents, and the aggregate posterior against the prior."""
+    work.expect(CLASSIFIER_STEPS)
+    return named(vae, latent_quality(vae, data, images, split, cache=cache_folder() / "classifiers", tick=work))
 
 
 def ais(
@@ -161,6 +175,8 @@ def encode(vae: VAE, data: ImageDataModule, grid: Any, index: torch.Tensor) -> C
 MEASURES: dict[str, Callable[..., dict[str, float]]] = {
     "decomposition": decomposition,
     "samples": samples,
+    "reconstruction": reconstruction,
+    "latent": latent,
     "ais": ais,
     "gaps": gaps,
     "disentanglement": disentanglement,

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vae.data.decoding import upright
-from vae.engine.callbacks.pictures import as_rgb, to_png
+from vae.engine.callbacks.drawing import as_rgb, to_png
 from vae.errors import VAEError
 
 MOST_PIXELS = 50_000_000  # of an uploaded image

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from vae.engine.callbacks.pictures import as_rgb, grid
+from vae.engine.callbacks.drawing import as_rgb, grid
 from vae.engine.latents import Moments
 from vae.engine.loading import load
 from vae.errors import VAEError, choose, whole
@@ -26,6 +26,7 @@ from vae.priors import StandardNormal
 from vae.seeding import generator
 
 MOST_LATENTS = 512
+MOST_PLACES = 4096  # latents of a map, which has no slider for each
 BATCH = 64  # images a request
 DRAWS = 16  # of z, over which the distortion of an uploaded image is averaged
 PRIOR_DRAWS = 4000
@@ -44,13 +45,15 @@ class Encoded(NamedTuple):
 
 
 class Session:
-    """One run's model. Raises VAEError for a run that cannot be loaded, or has more than MOST_LATENTS latents."""
+    """One run's model. Raises VAEError for a run that cannot be loaded, or has more latents than can be shown: MOST_LATENTS,
+    or MOST_PLACES where they are a map."""
 
     def __init__(self, folder: Path) -> None:
         self.run = load(folder)
         self.vae = self.run.vae
-        if self.vae.latent_dim > MOST_LATENTS:
-            raise VAEError(f"This model has {self.vae.latent_dim} latents, and {MOST_LATENTS} is the most shown.")
+        most = MOST_PLACES if self.vae.spatial else MOST_LATENTS
+        if self.vae.latent_dim > most:
+            raise VAEError(f"This model has {self.vae.latent_dim} latents, and {most} is the most shown.")
 
     @cached_property
     def examples(self) -> Examples:
@@ -72,7 +75,7 @@ class Session:
             means.append(posterior.mean)
             kls.append(self.vae.kl(posterior, z))
         kl = torch.cat(kls).mean(0)
-        centre, spread = (torch.from_numpy(value).float() for value in moments.compute().values())
+        centre, spread = (torch.from_numpy(moments.compute()[name]).float() for name in ("latent_mean", "latent_std"))
         return Encoded(torch.cat(means), kl if len(kl) == self.vae.latent_dim else None, centre, spread)
 
     @cached_property
@@ -82,12 +85,19 @@ class Session:
     # --- the whole latent space -------------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
-        """Latents in the order in which they are shown: by KL, or without one by the variance of the posterior mean."""
+        """Latents in the order in which they are shown: by KL, or without one by the variance of the posterior mean.
+
+        map: (c, h, w) where the latent is one, and channels: its channels in their order, by the sum over their places.
+        """
         variance = self.encoded.mean.var(0, correction=0)
         by = variance if self.encoded.kl is None else self.encoded.kl
         height, width = thumbnails(self.examples.x).shape[-2:]
+        shape = list(self.vae.latent_shape) if self.vae.spatial else None
+        by_channel = by.reshape(shape[0], -1).sum(1) if shape else torch.zeros(0)
         return {
             "latents": self.vae.latent_dim,
+            "map": shape,
+            "channels": by_channel.argsort(descending=True).tolist(),
             "shape": list(self.run.image_shape),
             "classes": self.vae.num_classes,
             "kl": None if self.encoded.kl is None else self.encoded.kl.tolist(),

@@ -48,6 +48,8 @@ class Decoder(nn.Module):
     autoregressive: bool = False
     #: (C, H, W).
     image_shape: tuple[int, int, int]
+    #: (c, h, w) of a latent that is a map, which lies in z channel after channel and row after row; None of a flat one.
+    latent_shape: tuple[int, int, int] | None = None
 
     def set_output_bias(self, bias: Tensor) -> None:
         """Start what is added to every output at bias (P, C, H, W), for instance `likelihood.bias_for_mean(mean image)`.

@@ -23,6 +23,9 @@ WIDEST = 720  # pixels
 _ABOUT = {
     "samples": "Images decoded from draws of the prior: what the model believes the data to look like.",
     "reconstructions": "Images that were not trained on, each above what the model makes of it.",
+    "channel_traversals": "All places of one channel of the latent map a row, moved together while the others stand still.",
+    "latent_maps": "Images that were not trained on, each before the channels of its latent map, 0 being half grey.",
+    "kl_per_channel": "What each channel of the latent map carries, and below it where.",
     "traversals": "One latent dimension a row, moved through its range while the others stand still.",
     "latent_grid": "The two-dimensional latent space, decoded on a grid.",
     "latent_space": "Where the encoder puts images that were not trained on.",

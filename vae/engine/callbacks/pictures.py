@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
+from vae.engine.callbacks.drawing import as_rgb, draw, grid, to_png
+from vae.engine.callbacks.maps import channel_traversals, kl_maps, latent_maps
 from vae.engine.loggers import log_picture
 from vae.engine.module import VAEModule, is_ending
 from vae.errors import whole
@@ -100,43 +98,6 @@ def latent_space(mean: Tensor, kl: Tensor, labels: Tensor | None) -> Tensor:
     return draw(figure)
 
 
-def grid(images: Tensor, columns: int, padding: int = 1) -> Tensor:
-    """Images (N, C, H, W) in [0, 1] as one picture; small ones are enlarged without smoothing, so that pixels show."""
-    enlarge = max(1, 32 // images.shape[-2])
-    images = as_rgb(images).repeat_interleave(enlarge, -1).repeat_interleave(enlarge, -2)
-    return make_grid(images, nrow=columns, padding=padding * max(1, enlarge // 2), pad_value=0.5).cpu()
-
-
-def as_rgb(images: Tensor) -> Tensor:
-    """Images (N, C, H, W), cut to [0, 1], as a screen shows them, (N, 3, H', W').
-
-    One channel is grey, three are red, green and blue, and a fourth is their opacity, before white. Of any other number
-    each is a grey map of its own: side by side in rows, as near to a square as they go, what is left over half grey.
-    """
-    images = images.clamp(0, 1)
-    channels = images.shape[1]
-    if channels == 4:
-        images = images[:, 3:] * images[:, :3] + (1 - images[:, 3:])
-    elif channels not in (1, 3):
-        columns = math.ceil(channels**0.5)
-        rows = math.ceil(channels / columns)
-        maps = F.pad(images, (0, 0, 0, 0, 0, rows * columns - channels), value=0.5).unflatten(1, (rows, columns))
-        images = maps.permute(0, 1, 3, 2, 4).flatten(1, 2).flatten(2).unsqueeze(1)
-    return images.expand(-1, 3, -1, -1)
-
-
-def draw(figure: Figure) -> Tensor:
-    """A matplotlib figure as an image (3, H, W) in [0, 1]."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1).float() / 255
-
-
-def to_png(picture: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1], rounded to 8 bits."""
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
-
-
 def all_pictures(module: VAEModule, examples: Any) -> dict[str, Tensor]:
     """Every picture that the model allows, by name."""
     vae, kl = module.vae, module.kl_per_dimension
@@ -152,6 +113,11 @@ def all_pictures(module: VAEModule, examples: Any) -> dict[str, Tensor]:
         "kl_per_dimension": kl_bars(kl),
         "latent_space": latent_space(vae.encode(x, y).mean, kl, examples.y),
     }
+    if vae.spatial:
+        pictures["channel_traversals"] = channel_traversals(vae, x[:1], kl, None if y is None else y[:1])
+        pictures["latent_maps"] = latent_maps(vae, x[:8], kl, None if y is None else y[:8])
+        if len(kl) == vae.latent_dim:
+            pictures["kl_per_channel"] = kl_maps(kl, vae.latent_shape)
     if vae.latent_dim == 2:
         pictures["latent_grid"] = latent_grid(vae, y=y)
     return pictures

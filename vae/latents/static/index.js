@@ -2,6 +2,7 @@
 // One module, nothing from elsewhere. State (run, z, label) lives in TensorBoard's address, so that it can be shared.
 
 const PALETTE = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"];
+const MAP_ROWS = 12; // sliders of a latent that is a map, before a place is clicked
 const MAP = 380; // pixels of the map's side
 const STYLE = `
 :root { --ink: #212121; --soft: #616161; --line: #d5d8dd; --paper: #fff; --back: #f5f6f8; --accent: #3b6ea8; --band: #c9d9ec; }
@@ -32,6 +33,8 @@ img { image-rendering: pixelated; display: block; }
 .latent .spread { position: absolute; height: 18px; background: var(--band); border-radius: 2px; }
 .latent input { position: relative; width: 100%; background: transparent; }
 .latent output { text-align: right; font-variant-numeric: tabular-nums; }
+.maps { display: flex; gap: 8px 14px; flex-wrap: wrap; margin-bottom: 8px; max-height: 300px; overflow-y: auto; }
+.channel { font-size: 11px; } .channel .pair { gap: 4px; min-height: 0; } .channel input { width: 100%; display: block; margin-top: 3px; }
 .kl { position: relative; height: 15px; font-size: 11px; line-height: 15px; padding-left: 4px; white-space: nowrap; }
 .kl i { position: absolute; inset: 0 auto 0 0; background: var(--band); border-radius: 2px; z-index: 0; } .kl b { position: relative; font-weight: 400; }
 canvas { display: block; cursor: crosshair; border: 1px solid var(--line); border-radius: 3px; touch-action: none; }
@@ -90,7 +93,7 @@ function writeAddress(panels) {
     const number = k ? k + 1 : "";
     if (panel.run) parts.push(`p.latents.run${number}=${encodeURIComponent(panel.run)}`);
     const z = panel.z.map((value, i) => [i, +value.toFixed(3)]).filter(([, value]) => value).map((pair) => pair.join(":"));
-    if (z.length) parts.push(`p.latents.z${number}=${encodeURIComponent(z.join(","))}`);
+    if (z.length && z.length <= 512) parts.push(`p.latents.z${number}=${encodeURIComponent(z.join(","))}`);
     if (panel.y !== null) parts.push(`p.latents.y${number}=${panel.y}`);
   });
   frame.history.replaceState(frame.history.state, "", "#" + parts.join("&"));
@@ -140,9 +143,9 @@ class Panel {
       await this.drawMap();
       await this.show();
     });
-    const { shape, latents, kl, examples, active } = this.facts || {};
+    const { shape, latents, kl, examples, active, map } = this.facts || {};
     this.note.textContent = this.error.textContent ? "" :
-      `${shape.join(" × ")} images, ${latents} latents, ${active.filter(Boolean).length} active` +
+      `${shape.join(" × ")} images, ${latents} latents${map ? ` (${map.join(" × ")})` : ""}, ${active.filter(Boolean).length} active` +
       (kl ? `, rate ${kl.reduce((a, b) => a + b, 0).toFixed(2)} nats` : "") + ` · ${examples}`;
   }
 
@@ -163,15 +166,66 @@ class Panel {
         make("div", {}, button("PNG", "png", () => this.save("png")), button("NPZ", "npz", () => this.save("npz")),
           button("Copy link", "link", () => navigator.clipboard.writeText(frame.location.href)))));
     this.rows = new Map();
+    this.maps = null;
     const rows = make("div", { className: "rows" });
     const most = Math.max(1e-9, ...(facts.kl || [0]));
-    for (const i of facts.order) rows.append(this.row(i, most));
-    const sliders = make("div", { className: "card sliders" },
+    for (const i of facts.order.slice(0, facts.map ? MAP_ROWS : undefined)) rows.append(this.row(i, most));
+    const sliders = make("div", { className: "card sliders" }, ...(facts.map ? [this.mapsCard(rows, most)] : []),
       make("h3", { textContent: facts.kl ? "Latents by KL in nats; the band is the aggregate posterior’s mean ± std" :
         "Latents by the variance of the posterior mean; the band is the aggregate posterior’s mean ± std" }), rows);
     this.content.replaceChildren(
       make("div", { className: "body" }, picture, sliders, this.mapCard()),
       make("div", { className: "below" }, this.uploadCard(button), this.walkCard(button)));
+  }
+
+  // --- a latent that is a map: each channel as it is now, beside it what each place carries; a click gives a place its slider
+
+  name(i) {
+    if (!this.facts.map) return `z${i}`;
+    const [, height, width] = this.facts.map;
+    return `${Math.floor(i / (height * width))}:${Math.floor(i / width) % height},${i % width}`;
+  }
+
+  mapsCard(rows, most) {
+    const { map: [, height, width], channels, kl, mean, std } = this.facts, places = height * width;
+    const scale = Math.max(3, Math.floor(64 / Math.max(height, width)));
+    const canvas = (className, title) => make("canvas", { width, height, className, title,
+      style: `width:${width * scale}px;height:${height * scale}px;image-rendering:pixelated` });
+    this.maps = channels.map((channel) => {
+      const first = channel * places, now = canvas("now", "z as it is: click a place for its slider"), carried = canvas("carried", "KL of each place");
+      const move = make("input", { type: "range", min: -3, max: 3, step: 0.01, value: 0, title: "move the whole channel" });
+      move.oninput = () => {
+        const shift = +move.value - this.level(first, places);
+        for (let i = first; i < first + places; i++) this.z[i] += shift;
+        this.show();
+      };
+      now.onclick = (event) => {
+        const box = now.getBoundingClientRect();
+        const x = Math.min(width - 1, Math.floor((event.clientX - box.left) / scale)), y = Math.min(height - 1, Math.floor((event.clientY - box.top) / scale));
+        const i = first + y * width + x;
+        if (!this.rows.has(i)) rows.prepend(this.row(i, most));
+        else rows.prepend(this.rows.get(i).input.closest(".latent"));
+        this.show();
+      };
+      if (kl) this.shade(carried, (k) => 255 * Math.max(0, kl[first + k]) / most);
+      const total = kl ? ` · ${kl.slice(first, first + places).reduce((a, b) => a + b, 0).toFixed(1)} nats` : "";
+      const node = make("div", { className: "channel" }, `channel ${channel}${total}`, make("div", { className: "pair" }, now, ...(kl ? [carried] : [])), move);
+      node.dataset.channel = channel;
+      return { first, places, now, move, node, reach: Math.max(3, ...Array.from({ length: places }, (_, k) => Math.abs(mean[first + k]) + 2 * std[first + k])) };
+    });
+    return make("div", {}, make("h3", { textContent: "Channels of the latent map by KL: as it is now, and what each place carries" }),
+      make("div", { className: "maps" }, ...this.maps.map(({ node }) => node)));
+  }
+
+  level(first, places) { return this.z.slice(first, first + places).reduce((a, b) => a + b, 0) / places; }
+
+  shade(canvas, level) {
+    const context = canvas.getContext("2d"), pixels = context.createImageData(canvas.width, canvas.height);
+    for (let k = 0; k < canvas.width * canvas.height; k++) {
+      pixels.data.fill(Math.max(0, Math.min(255, level(k))), 4 * k, 4 * k + 3);
+      pixels.data[4 * k + 3] = 255;
+    }
+    context.putImageData(pixels, 0, 0);
   }
 
   row(i, most) {
@@ -187,7 +241,7 @@ class Panel {
     const bar = make("i"), text = make("b");
     if (kl) { bar.style.width = `${(100 * Math.max(0, kl[i])) / most}%`; text.textContent = kl[i].toFixed(2); }
     const node = make("div", { className: `latent${active[i] ? "" : " inactive"}`, title: active[i] ? "" : "inactive: its mean hardly varies" },
-      make("span", { textContent: `z${i}` }), make("div", { className: "track" }, spread, input), output, make("div", { className: "kl" }, bar, text));
+      make("span", { textContent: this.name(i) }), make("div", { className: "track" }, spread, input), output, make("div", { className: "kl" }, bar, text));
     node.dataset.latent = i;
     this.rows.set(i, { input, output, text });
     return node;
@@ -204,6 +258,10 @@ class Panel {
       if (Math.abs(this.z[i]) > +input.max) { input.max = Math.abs(this.z[i]); input.min = -input.max; }
       input.value = this.z[i];
       output.textContent = this.z[i].toFixed(2);
+    }
+    for (const { first, places, now, move, reach } of this.maps || []) {
+      this.shade(now, (k) => 127.5 * (1 + this.z[first + k] / reach));
+      move.value = this.level(first, places);
     }
     this.paint?.();
     this.stale = true;
@@ -232,7 +290,7 @@ class Panel {
     const { order, latents, labels } = this.facts;
     const axis = (k) => {
       const select = make("select", { className: `axis${k}`, onchange: () => this.attempt(() => this.drawMap()) });
-      select.append(...order.map((i) => option(i, `z${i}`)));
+      select.append(...order.slice(0, 512).map((i) => option(i, this.name(i))));
       select.value = order[Math.min(k, latents - 1)];
       return select;
     };
@@ -306,7 +364,7 @@ class Panel {
     const [x, y] = this.toPixels(this.project(this.z));
     draw.beginPath(); draw.arc(x, y, 6, 0, 7); draw.moveTo(x - 10, y); draw.lineTo(x + 10, y); draw.moveTo(x, y - 10); draw.lineTo(x, y + 10); draw.stroke();
     draw.fillStyle = ink; draw.font = "11px sans-serif";
-    const pca = this.axes[0].value === "pca", names = pca ? ["PC 1", "PC 2"] : this.axes.map((axis) => `z${axis.value}`);
+    const pca = this.axes[0].value === "pca", names = pca ? ["PC 1", "PC 2"] : this.axes.map((axis) => this.name(+axis.value));
     const { low, high } = this.plane;
     draw.textAlign = "right"; draw.fillText(`${names[0]}: ${low[0].toFixed(1)} to ${high[0].toFixed(1)} →`, MAP - 6, MAP - 6);
     draw.textAlign = "left"; draw.fillText(`↑ ${names[1]}: ${low[1].toFixed(1)} to ${high[1].toFixed(1)}`, 6, 14);
