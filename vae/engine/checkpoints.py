@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from vae.engine import turns
 from vae.engine.module import is_ending
 from vae.engine.stored import read_checkpoint
 from vae.errors import VAEError, whole
@@ -37,10 +38,17 @@ class CheckpointIO(TorchCheckpointIO):
     """Lightning's reading and writing of checkpoints, through the two functions above."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        whole = apply_to_collection(checkpoint, torch.Tensor, _by_itself)
+        write_atomically(Path(path), lambda file: torch.save(whole, file))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         return read_checkpoint(Path(path))
+
+
+def _by_itself(t: torch.Tensor) -> torch.Tensor:
+    """A tensor without the rest of what it is a view of, such as the weights of the runs that it is packed with: all of
+    that would be saved with it."""
+    return t.clone() if t.untyped_storage().nbytes() > t.numel() * t.element_size() else t
 
 
 class Best(pl.callbacks.Checkpoint):
@@ -130,11 +138,11 @@ class Interruptible(pl.callbacks.Checkpoint):
                 f"callbacks.interruptible.every_n_seconds={every_n_seconds} must be a number of at least 0, or null."
             )
         self.every_n_seconds, self.every_n_steps = every_n_seconds, every_n_steps
-        self._saved = self._started = time.monotonic()
+        self._saved, self._started = turns.moment(), turns.seconds()
         self._before, self._stopped = 0.0, False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._before + time.monotonic() - self._started, "stopped": self._stopped}
+        return {"seconds": self._before + turns.seconds() - self._started, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before, self._stopped = state_dict["seconds"], state_dict.get("stopped", False)
@@ -146,7 +154,7 @@ class Interruptible(pl.callbacks.Checkpoint):
     def _is_due(self, module: pl.LightningModule) -> bool:
         if self.every_n_steps is not None and module.steps % self.every_n_steps == 0:
             return True
-        return self.every_n_seconds is not None and time.monotonic() - self._saved >= self.every_n_seconds
+        return self.every_n_seconds is not None and turns.moment() - self._saved >= self.every_n_seconds
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         module.refuse_divergence()
@@ -154,7 +162,7 @@ class Interruptible(pl.callbacks.Checkpoint):
         timed = any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)
         self._stopped = trainer.should_stop and not timed
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
-        self._saved = time.monotonic()
+        self._saved = turns.moment()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         # after an epoch's last batch, or the run's, validation follows at once

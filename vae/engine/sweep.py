@@ -13,7 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
 from vae.cli import TRANSIENT, command_line, resuming, sentences
-from vae.engine import launcher
+from vae.engine import launcher, packed_launcher
 from vae.engine.search import sweep_directions
 from vae.errors import VAEError
 
@@ -40,6 +40,7 @@ class SweepCallback(Callback):
         tell_direction(config)
         command_line()  # for the processes that the runs may be given to
         launcher.use()
+        packed_launcher.use()
         task = list(config.hydra.overrides.task)
         constant = [
             o.get_key_element() for o in OverridesParser.create().parse_overrides(task) if not o.is_sweep_override()

@@ -16,13 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from vae.engine import turns
 from vae.engine.build import instantiate
 from vae.engine.callbacks.progress import Progress
 from vae.engine.callbacks.records import HyperParameters
 from vae.engine.checkpoints import CheckpointIO
 from vae.engine.folder import settings, usable_cores
-from vae.engine.lean import Compile, NoProfiler, make_lean
+from vae.engine.lean import Compile, LeanLoop, NoProfiler, make_lean
 from vae.engine.loggers import LoggedRun, make_loggers
+from vae.engine.packing import PackedLoop
 from vae.errors import VAEError, choose, whole
 from vae.objectives.elbo import Objective
 
@@ -117,7 +119,7 @@ def build_trainer(
         raise VAEError(f"trainer: Lightning does not take these options: {why}.") from error
     if folder is not None:
         stay_inside(folder, trainer)
-    return make_lean(trainer)
+    return make_lean(trainer, LeanLoop if turns.CURRENT is None else PackedLoop)
 
 
 def stay_inside(folder: Path, trainer: pl.Trainer) -> None:
