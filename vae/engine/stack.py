@@ -52,7 +52,10 @@ class Member:
 
     def prepared(self, batch: Batch, device: torch.device) -> Batch:
         """A loaded batch as a training step sees it."""
-        return self.data.on_after_batch_transfer(self.data.transfer_batch_to_device(batch, device, 0), 0)
+        moved = self.data.transfer_batch_to_device(batch, device, 0)
+        if type(self.data) is ImageDataModule:
+            return self.data.prepare(moved, training=True)
+        return self.data.on_after_batch_transfer(moved, 0)
 
 
 class Both(nn.Module):

@@ -1,0 +1,131 @@
+"""Many runs as one program: step by step the same numbers as each run alone, and the same draws."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from vae.data.images import Batch
+from vae.engine.build import build
+from vae.engine.packing import signature
+from vae.engine.stack import Member, Stack, Unpackable
+from vae.seeding import generator
+
+#: Of each objective that says it can be packed: what two runs differ in.
+OBJECTIVES = {
+    "beta_vae": (["objective.beta=0.5"], ["objective.beta=4"]),
+    "beta_vae,objective/schedule=linear": (["objective.schedule.steps=30"], ["objective.schedule.steps=90"]),
+    "beta_vae,objective/schedule=cyclical": (["objective.schedule.steps=50"], ["objective.schedule.ramp=0.3"]),
+    "beta_vae,objective/schedule=control": (["objective.schedule.target=3"], ["objective.schedule.target=9"]),
+    "beta_vae,objective/schedule=geco": (["objective.schedule.target=20"], ["objective.schedule.target=40"]),
+    "capacity": (["objective.capacity=2"], ["objective.gamma=30"]),
+    "free_bits": (["objective.free_nats=0.1"], ["objective.free_nats=1"]),
+    "free_bits,objective.groups=1": (["objective.free_nats=0.1"], ["objective.beta=2"]),
+    "dip_vae_i": (["objective.lambda_od=1"], ["objective.lambda_d=50"]),
+    "dip_vae_ii": (["objective.lambda_od=1"], ["objective.beta=3"]),
+    "info_vae": (["objective.alpha=0.2"], ["objective.lambda_mmd=20"]),
+    "mmd_vae": (["objective.lambda_mmd=10"], ["objective.lambda_mmd=100"]),
+    "wae_mmd": (["objective.lambda_mmd=1"], ["objective.lambda_mmd=30"]),
+    "tcvae": (["objective.beta=2"], ["objective.alpha=3"]),
+    "iwae,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
+    "sticking_the_landing,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
+    "miwae,objective.groups=2,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
+    "ciwae,objective.samples=3": (["objective.mix=0.1"], ["objective.mix=0.6"]),
+    "cvae": (["objective.beta=0.5"], ["objective.beta=4"]),
+    "ada_gvae,data=sprites,++data.source.size=16": (["objective.beta=0.5"], ["objective.beta=4"]),
+}
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def made(config, **options):
+    data, module = build(config)
+    module.train()
+    optimizer = module.configure_optimizers()
+    return Member(module.vae, module.objective, optimizer, data, **options), data.train_dataloader()
+
+
+def batches_of(loader, steps):
+    found = []
+    for epoch in itertools.count():
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            if len(found) == steps:
+                return found
+            found.append(batch)
+
+
+def alone(member, loader, steps):
+    """The terms of each step, as VAEModule and Lightning take them."""
+    found = []
+    for step, batch in enumerate(batches_of(loader, steps)):
+        prepared = member.data.prepare(batch, training=True)
+        noise = generator(batch.seed, "z")
+        terms = member.objective(member.vae, prepared, noise, step)
+        member.objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
+        member.optimizer.zero_grad()
+        terms["loss"].backward()
+        if member.clip is not None:
+            kind, most = member.clip
+            clip = torch.nn.utils.clip_grad_norm_ if kind == "norm" else torch.nn.utils.clip_grad_value_
+            clip(member.both.parameters(), most)
+        member.optimizer.step()
+        found.append({name: value.detach().clone() for name, value in terms.items()})
+    return found
+
+
+def packed(members, loaders, steps, at_once=7):
+    stack, found = Stack(members), []
+    blocks = list(zip(*(batches_of(loader, steps) for loader in loaders), strict=True))
+    while len(found) < steps:
+        found += stack.train(blocks[len(found) : len(found) + at_once], len(found))
+    return found
+
+
+def assert_equal(configs, steps, within, **options):
+    ours = [made(config, **options) for config in configs]
+    theirs = [made(config, **options) for config in configs]
+    assert len({signature(member) for member, _ in ours}) == 1
+    together = packed([member for member, _ in ours], [loader for _, loader in ours], steps)
+    for run, ((one, _), (other, loader)) in enumerate(zip(ours, theirs, strict=True)):
+        by_itself = alone(other, loader, steps)
+        for step, terms in enumerate(by_itself):
+            assert terms.keys() == together[step].keys()
+            for name, value in terms.items():
+                torch.testing.assert_close(together[step][name][run], value, rtol=within, atol=within, msg=f"{name} {step}")
+        for (name, a), (_, b) in zip(one.both.state_dict().items(), other.both.state_dict().items(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=within, msg=name)
+        for a, b in zip(one.both.parameters(), other.both.parameters(), strict=True):
+            states = one.optimizer.state[a], other.optimizer.state[b]
+            assert states[0].keys() == states[1].keys()
+            for name, value in states[1].items():
+                torch.testing.assert_close(states[0][name], value, rtol=0, atol=within, check_dtype=True, msg=name)
+
+
+def configs_of(tiny, objective, *common):
+    name, *more = objective.split(",")
+    differ = OBJECTIVES[objective] if objective in OBJECTIVES else ([], [])
+    return [
+        tiny(f"objective={name}", *more, *common, f"seed={seed}", f"optimizer.lr={lr}", *varied)
+        for seed, lr, varied in zip((3, 8), (1e-3, 3e-3), differ, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_in_a_stack_is_the_run_alone(tiny, float64, objective):
+    assert_equal(configs_of(tiny, objective, "data.limit=48", "data.batch_size=20"), 100, 1e-10)
+
+
+def test_every_objective_that_says_so_is_tried_here():
+    from hydra.utils import get_class
+
+    from tests.objectives.test_every_objective import OBJECTIVES as all_of_them  # noqa: F401
+
+    assert get_class
