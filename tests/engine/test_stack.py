@@ -123,9 +123,52 @@ def test_a_run_in_a_stack_is_the_run_alone(tiny, float64, objective):
     assert_equal(configs_of(tiny, objective, "data.limit=48", "data.batch_size=20"), 100, 1e-10)
 
 
-def test_every_objective_that_says_so_is_tried_here():
-    from hydra.utils import get_class
+PARTS = [
+    ["prior=realnvp"],
+    ["prior=two_layer", "posterior=two_layer"],
+    ["posterior=iaf"],
+    ["posterior=planar"],
+    ["network=linear"],
+    ["network=gated_mlp", "network.hidden=[16]"],
+    ["network=burda"],
+    ["network=made"],
+    ["network=conv"],
+    ["likelihood=continuous_bernoulli"],
+    ["likelihood=gaussian_learned"],
+    ["likelihood=gaussian_optimal"],
+    ["likelihood=gaussian_per_pixel"],
+    ["likelihood=discretized_logistic"],
+    ["likelihood=discretized_logistic_mixture"],
+    ["data.binarize=dynamic"],
+]
 
-    from tests.objectives.test_every_objective import OBJECTIVES as all_of_them  # noqa: F401
 
-    assert get_class
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", PARTS, ids=",".join)
+def test_so_it_is_with_every_part_of_a_model(tiny, float64, parts):
+    assert_equal(configs_of(tiny, "beta_vae", "data.limit=48", "data.batch_size=20", *parts), 30, 1e-10)
+
+
+OPTIMIZERS = {
+    "adam": ["optimizer=adam"],
+    "adam, not fused": ["optimizer.fused=false"],
+    "adam with decay": ["optimizer.weight_decay=0.1"],
+    "adamw": ["optimizer=adamw"],
+    "adam, amsgrad": ["+optimizer.amsgrad=true"],
+    "sgd": ["optimizer=sgd"],
+    "adagrad": ["optimizer=adagrad"],
+}
+
+
+@pytest.mark.parametrize("same_rate", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimiser_over_the_stack_takes_each_runs_own_step(tiny, float64, optimizer, same_rate):
+    rates = ["optimizer.lr=0.01"] * 2 if same_rate else ["optimizer.lr=0.002", "optimizer.lr=0.01"]
+    small = ["data.limit=48", "data.batch_size=20", *OPTIMIZERS[optimizer]]
+    assert_equal([tiny(*small, rate, f"seed={seed}") for seed, rate in enumerate(rates)], 12, 1e-12)
+
+
+@pytest.mark.parametrize("clip", [("norm", 5.0), ("value", 0.05)])
+def test_each_run_is_clipped_by_its_own_gradient(tiny, float64, clip):
+    configs = [tiny("data.limit=40", "data.batch_size=20", f"objective.beta={beta}") for beta in (1, 500)]
+    assert_equal(configs, 10, 1e-12, clip=clip)

@@ -321,8 +321,7 @@ class Pack:
             terms = self._stack[1].train(blocks, requests[0].step)
         except Exception as error:
             self._stack = None
-            reason = str(error) if isinstance(error, Unpackable) else f"{type(error).__name__}: {first_line(error)}"
-            self._say_alone([self.numbers[id(seat)] for seat in together], reason)
+            self._say_alone([self.numbers[id(seat)] for seat in together], reason_of(error))
             return together, [Answer(alone=True) for _ in together]
         ended = time.monotonic()
         seconds = ended - started
@@ -355,5 +354,11 @@ def _of_runs(terms: Sequence[dict[str, Tensor]], runs: int) -> list[list[dict[st
     return found
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+def reason_of(error: Exception) -> str:
+    """Why a stack could not be trained, in words that follow a colon."""
+    if isinstance(error, Unpackable):
+        return str(error)
+    if "data-dependent" in str(error):
+        return "a Python branch of the model or the objective looks at the value of a tensor"
+    first = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+    return f"{type(error).__name__}: {first}"

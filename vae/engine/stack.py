@@ -9,8 +9,8 @@ with the number of runs. Only what a run draws is drawn for each by itself, from
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,27 +105,41 @@ class Stack:
         self.optimizer = StackedOptimizer(self.members, self.trained)
         self._plans: dict[Any, list[Call]] = {}
         self._tried = False
+        self._failed: Exception | None = None
 
     def train(self, blocks: Sequence[Sequence[Batch]], step: int) -> list[dict[str, Tensor]]:
         """Train on the loaded batches of each step, one for each run; step: how many were taken before.
 
-        Returns the terms of each step, (K,) each, detached.
+        Returns the terms of each step that was taken, (K,) each, detached: of fewer than were asked for, where one cannot
+        be, and then the next call raises why.
         """
-        found = []
+        if self._failed is not None:
+            raise self._failed
+        found: list[dict[str, Tensor]] = []
         self.optimizer.begin()
         for number, batches in enumerate(blocks, step):
-            batch, seeds = self._together(batches), [batch.seed for batch in batches]
-            noise = self._drawn(self._plan(batches, number), seeds)
-            if not self._tried:
-                self._try(batch, batches, noise, number)
-            terms, gradients = self._gradients(batch, noise, number, observe=True)
-            self._clip(gradients)
-            self.optimizer.step(gradients)
-            found.append({name: value.detach().clone() for name, value in terms.items()})
+            try:
+                found.append(self._step(batches, number))
+            except Exception as error:
+                if not found:
+                    raise
+                self._failed = error  # what was done is done
+                break
         self.optimizer.end()
         return found
 
     # --- a step -----------------------------------------------------------------------------------------------------
+
+    def _step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+        batch, plan = self._together(batches), self._plan(batches, step)
+        noise = self._drawn(plan, [batch.seed for batch in batches])
+        if not self._tried:
+            with untouched(self.buffers.values()):
+                self._try(batch, batches, noise, step)
+        terms, gradients = self._gradients(batch, noise, step, observe=True)
+        self._clip(gradients)
+        self.optimizer.step(gradients)
+        return {name: value.detach().clone() for name, value in terms.items()}
 
     def _gradients(
         self, batch: Batch, noise: list[Tensor], step: int, observe: bool
@@ -183,7 +197,7 @@ class Stack:
         if images not in self._plans:
             first, batch = self.members[0], batches[0]
             noise = generator(batch.seed, "z", device=self.device)
-            with Watched(noise) as watched, first.context():
+            with untouched(self.buffers.values()), Watched(noise) as watched, first.context():
                 first.both(first.prepared(batch, self.device), noise, step, observe=False)
             self._plans[images] = watched.calls
         return self._plans[images]
@@ -293,6 +307,17 @@ class Drawn(TorchFunctionMode):
         if not self.left or (Call(function, arguments, rest) != self.left[0][0]):
             raise Unpackable("what it draws differs from step to step")
         return self.left.pop(0)[1]
+
+
+@contextmanager
+def untouched(buffers: Iterable[Tensor]) -> Iterator[None]:
+    """Let a pass that only looks, of a model that counts its passes, leave these as they were."""
+    before = [(buffer, buffer.clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------

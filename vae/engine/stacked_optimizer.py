@@ -150,6 +150,8 @@ class StackedOptimizer:
 
     def end(self) -> None:
         """Bring each run's own count of steps up to date."""
+        for optimizer in self.optimizers:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedule would warn that it never steps
         for place, together in self.state.items():
             count = float(together["step"])
             for optimizer, own in zip(self.optimizers, self.own, strict=True):

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vae.engine.stack import Member, untouched
 from vae.seeding import generator
 
 if TYPE_CHECKING:
     from vae.data.images import Batch
-    from vae.engine.stack import Member
 
 CGROUPS = Path("/sys/fs/cgroup")
 PART = 0.5  # of what is free that a pack may take: the estimate is rough, and others want some too
@@ -32,7 +32,8 @@ def bytes_of_run(member: Member, batch: Batch) -> int:
 
     own = {p.untyped_storage().data_ptr() for p in member.both.parameters()}
     noise = generator(batch.seed, "z", device=device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), member.context():
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda t: t)
+    with untouched(member.both.buffers()), hooks, member.context():
         member.both(member.prepared(batch, device), noise, 0, observe=False)
     weights = sum(p.numel() * p.element_size() for p in member.both.parameters())
     return 4 * weights + 2 * sum(size for place, size in kept.items() if place not in own)
