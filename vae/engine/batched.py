@@ -19,12 +19,11 @@ class Batched(TorchFunctionMode):
     """
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        options = options or {}
         if function is LINEAR and not options and not torch.is_autocast_enabled(arguments[0].device.type):
             return Linear.apply(*arguments, *[None] * (3 - len(arguments)))
         if function is CROSS_ENTROPY and options == {"reduction": "none"} and len(arguments) == 2:
             return CrossEntropy.apply(*arguments)
-        return function(*arguments, **options)
+        return function(*arguments, **(options or {}))
 
 
 class Linear(torch.autograd.Function):
