@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vae.data.images import Batch
+from vae.engine import batched
 from vae.engine.build import build
 from vae.engine.packing import signature
 from vae.engine.stack import Member, Stack, Unpackable
@@ -147,6 +148,110 @@ PARTS = [
 @pytest.mark.parametrize("parts", PARTS, ids=",".join)
 def test_so_it_is_with_every_part_of_a_model(tiny, float64, parts):
     assert_equal(configs_of(tiny, "beta_vae", "data.limit=48", "data.batch_size=20", *parts), 30, 1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lowers", [True, False])
+def test_dense_layers_of_a_stack_have_the_values_and_gradients_of_each_by_itself(float64, monkeypatch, lowers, bias):
+    monkeypatch.setattr(batched, "LOWERS", lowers)
+    noise = generator("layers")
+    x, weight = (torch.randn(shape, generator=noise, requires_grad=True) for shape in ((3, 2, 5, 4), (3, 6, 4)))
+    b = torch.randn(3, 6, generator=noise, requires_grad=True) if bias else None
+    target = torch.rand(3, 2, 5, 6, generator=noise)
+
+    def of_one(x, weight, b, target):
+        logits = F.linear(x, weight, b)
+        once = F.linear(x[0, 0], weight, b).sum()  # a vector
+        return once + F.binary_cross_entropy_with_logits(logits, target, reduction="none").square().sum()
+
+    inputs = [t for t in (x, weight, b) if t is not None]
+    dims = (0, 0, 0 if bias else None, 0)
+    with batched.Batched():
+        ours = torch.vmap(of_one, dims)(x, weight, b, target)
+    theirs = torch.stack([of_one(x[k], weight[k], None if b is None else b[k], target[k]) for k in range(3)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+    pairs = zip(torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(theirs.sum(), inputs), strict=True)
+    for a, c in pairs:
+        torch.testing.assert_close(a, c, rtol=1e-13, atol=1e-13)
+        assert a.is_contiguous()
+
+
+def operators(runs, tiny):
+    made_of = [made(tiny("objective.beta=0.5", f"seed={n}", f"optimizer.lr={1e-3 * (1 + n)}")) for n in range(runs)]
+    stack = Stack([member for member, _ in made_of])
+    blocks = [[next(iter(loader)) for _, loader in made_of]]
+    stack.train(blocks, 0)
+    batch, noise = stack._together(blocks[0]), stack._drawn(stack._plan(blocks[0], 1), range(runs))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        _, gradients = stack._gradients(batch, noise, 1, observe=True)
+        stack.optimizer.step(gradients)
+    return sum(event.name.startswith("aten::") for event in seen.events())
+
+
+def test_the_operators_of_a_step_do_not_grow_with_the_runs(tiny):
+    few, many = operators(2, tiny), operators(9, tiny)
+    assert few == many < 700
+
+
+def test_runs_in_a_stack_draw_what_they_draw_alone(tiny):
+    configs = [tiny("objective=info_vae", "data.binarize=dynamic", f"seed={n}") for n in (1, 2)]
+    pairs = [made(config) for config in configs]
+    stack = Stack([member for member, _ in pairs])
+    batches = [next(iter(loader)) for _, loader in pairs]
+    drawn = stack._drawn(stack._plan(batches, 0), [batch.seed for batch in batches])
+    assert [tuple(draw.shape) for draw in drawn] == [(2, 32, 3), (2, 32, 3)]  # of q(z|x), then of the prior
+    prepared = stack._together(batches)
+    for run, (member, batch) in enumerate(zip(stack.members, batches, strict=True)):
+        noise = generator(batch.seed, "z")
+        for draw in drawn:
+            assert torch.equal(draw[run], torch.randn(32, 3, generator=noise))
+        assert torch.equal(prepared.x[run], member.data.prepare(batch, training=True).x)
+
+
+@pytest.mark.parametrize("objective", ["beta_vae", "tcvae"])
+def test_in_float32_a_run_in_a_stack_is_as_near_as_another_adam(tiny, objective):
+    """The distance to the run alone, against that of the same run by an Adam that is not fused."""
+    config = tiny(f"objective={objective}", "data.limit=48", "data.batch_size=16")
+    ours, (plain, loader) = made(config), made(config)
+    other, _ = made(tiny(f"objective={objective}", "data.limit=48", "data.batch_size=16", "optimizer.fused=false"))
+    packed([ours[0], made(config)[0]], [ours[1], ours[1]], 100)
+    alone(plain, loader, 100)
+    alone(other, loader, 100)
+
+    def distance(member):
+        pairs = zip(member.both.parameters(), plain.both.parameters(), strict=True)
+        return max(float((a - b).abs().max()) for a, b in pairs)
+
+    assert distance(ours[0]) < 10 * max(distance(other), 1e-6)
+
+
+def test_a_stack_that_cannot_go_on_keeps_what_was_done_and_says_why(tiny):
+    pairs = [made(tiny("logger=none", f"seed={n}")) for n in (1, 2)]
+    stack = Stack([member for member, _ in pairs])
+    blocks = list(zip(*(batches_of(loader, 4) for _, loader in pairs), strict=True))
+
+    def failing(batches, step, own=stack._step):
+        if step == 2:
+            raise Unpackable("enough")
+        return own(batches, step)
+
+    stack._step = failing
+    assert len(stack.train(blocks, 0)) == 2
+    assert float(stack.members[1].optimizer.state[next(stack.members[1].both.parameters())]["step"]) == 2
+    with pytest.raises(Unpackable, match="enough"):
+        stack.train(blocks, 2)
+
+
+def test_what_is_seen_alike_is_one_structure_and_what_is_not_is_another(tiny):
+    def of(*overrides):
+        return signature(made(tiny(*overrides))[0])
+
+    same = ["seed=5", "objective.beta=9", "optimizer.lr=0.5", "optimizer.weight_decay=0.1"]
+    assert len({of(override) for override in ["seed=0", *same]}) == 1
+    other = ["optimizer.betas=[0.5,0.9]", "optimizer=sgd", "network.activation=tanh", "likelihood=continuous_bernoulli"]
+    other += ["data.binarize=dynamic", "data.batch_size=16", "data.limit=48", "objective=free_bits", "model.latent_dim=2"]
+    assert len({of(override) for override in ["seed=0", *other]}) == 1 + len(other)
+    assert of("objective=iwae", "objective.samples=2") != of("objective=iwae", "objective.samples=3")
 
 
 OPTIMIZERS = {
