@@ -36,7 +36,10 @@ PLAIN = ["trainer.accelerator=cpu", "threads=1"]
 
 def configs_of(runs: int, overrides: list[str], *more: str) -> list[Any]:
     """Runs that differ in beta and seed."""
-    return [compose(*overrides, *PLAIN, *more, f"objective.beta={0.25 * 2 ** (n % 5)}", f"seed={n // 5}") for n in range(runs)]
+    return [
+        compose(*overrides, *PLAIN, *more, f"objective.beta={0.25 * 2 ** (n % 5)}", f"seed={n // 5}")
+        for n in range(runs)
+    ]
 
 
 class Ended(Exception):
@@ -126,7 +129,10 @@ def whole_runs(runs: int, overrides: list[str], epochs: int) -> dict[str, float]
         configs = configs_of(runs, overrides, *more)
         shared = SHARED.set({})
         with tempfile.TemporaryDirectory() as folder:
-            jobs = [functools.partial(train, c, Path(folder) / str(n), [], progress_bar=False) for n, c in enumerate(configs)]
+            jobs = [
+                functools.partial(train, c, Path(folder) / str(n), [], progress_bar=False)
+                for n, c in enumerate(configs)
+            ]
             start = time.process_time()
             Pack([str(n) for n in range(runs)]).run(jobs) if form == "packed" else [job() for job in jobs]
             found[f"{form}_s"] = time.process_time() - start
@@ -163,7 +169,7 @@ def main() -> None:
     for name, (runs, overrides) in SETS.items():
         if options.only not in name:
             continue
-        steps, repetitions = (5, 3) if options.quick else (20, 9)
+        steps, repetitions = (5, 5) if options.quick else (20, 9)
         found[name] = {"steps": steps_in_turn(runs, overrides, steps, repetitions)}
         found[name]["operators"] = {str(n): operators(overrides, n) for n in (2, runs)}
         if not options.quick:

@@ -52,12 +52,17 @@ def assert_alike(one, other, within=1e-9):
     names = [{str(path.relative_to(f)) for path in f.rglob("*") if "tfevents" not in path.name} for f in (one, other)]
     assert names[0] == names[1]
     assert len(list(one.glob("*tfevents*"))) == len(list(other.glob("*tfevents*")))
-    found = [{k: v for k, v in json.loads((f / "metrics.json").read_text()).items() if "seconds" not in k} for f in (one, other)]
+    found = [
+        {k: v for k, v in json.loads((f / "metrics.json").read_text()).items() if "seconds" not in k}
+        for f in (one, other)
+    ]
     assert found[0] == pytest.approx(found[1], rel=within, abs=within)
     for a, b in zip(numbers(one), numbers(other), strict=True):
         assert a == pytest.approx(b, rel=within, abs=within)
     for name in ("best", "last"):
-        assert_same_checkpoint(*(torch.load(f / "checkpoints" / f"{name}.ckpt", weights_only=True) for f in (one, other)), within)
+        assert_same_checkpoint(
+            *(torch.load(f / "checkpoints" / f"{name}.ckpt", weights_only=True) for f in (one, other)), within
+        )
 
 
 def assert_same_checkpoint(a, b, within, path=""):
@@ -198,7 +203,15 @@ def test_an_objective_that_cannot_be_packed_is_found_out_and_trained_as_ever(tin
 
 def test_runs_of_other_structures_make_groups_and_the_sweep_says_which_are_alone(tiny, tmp_path, caplog):
     factor = ["objective=factor_vae", "objective.hidden=[8]"]
-    differ = [[], ["seed=1"], ["model.latent_dim=2"], ["model.latent_dim=2", "seed=5"], ["data.batch_size=16"], factor, [*factor, "seed=1"]]
+    differ = [
+        [],
+        ["seed=1"],
+        ["model.latent_dim=2"],
+        ["model.latent_dim=2", "seed=5"],
+        ["data.batch_size=16"],
+        factor,
+        [*factor, "seed=1"],
+    ]
     messages = said([tiny("logger=none", *more) for more in differ], tmp_path, caplog)
     assert messages == [
         "Packed: 2 runs are trained as one program.",

@@ -37,7 +37,7 @@ class Batched(TorchFunctionMode):
 
 def lowered(function: Any, *tensors: Tensor | None) -> Tensor:
     """A function of stacks, (K, ...) each, called from within `torch.vmap` over K."""
-    interpreter = retrieve_current_functorch_interpreter()
+    interpreter: Any = retrieve_current_functorch_interpreter()
     runs = interpreter.batch_size()
 
     def physical(t: Tensor | None) -> Tensor | None:

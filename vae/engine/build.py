@@ -50,10 +50,10 @@ def build_data(config: DictConfig) -> ImageDataModule:
     """The data set that a config describes, loaded."""
     data: ImageDataModule = instantiate(config.data, "data", seed=config.seed)
     data.source = functools.partial(called, "data.source", data.source)
-    if type(data) is not ImageDataModule or SHARED.get() is None:
+    loaded, named = SHARED.get(), OmegaConf.to_yaml(config.data, resolve=True)
+    if type(data) is not ImageDataModule or loaded is None:
         data.setup()
         return data
-    loaded, named = SHARED.get(), OmegaConf.to_yaml(config.data, resolve=True)
     if named in loaded:
         data.share(loaded[named])
     data.setup()

@@ -20,7 +20,7 @@ from vae.cli import TRANSIENT
 from vae.engine.launcher import Launcher
 from vae.errors import VAEError, whole
 
-#: Groups of settings whose numbers runs of one pack may differ in; `vae.engine.packing.signature` looks closer.
+#: Groups of settings whose numbers runs of one pack may differ in; `vae.engine.structure.signature` looks closer.
 NUMBERS = ("objective", "optimizer", "lr_schedule")
 
 
@@ -118,11 +118,8 @@ def kind(config: DictConfig) -> str:
     """The settings that runs of one pack must have in common."""
     from vae.engine.folder import settings
 
-    with open_dict(config):
-        plain = OmegaConf.to_container(
-            OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", "seed", *TRANSIENT)]),
-            resolve=False,
-        )
+    names = [str(key) for key in config if key not in ("hydra", "seed", *TRANSIENT)]
+    plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, names), resolve=False)
     kept = {
         key: value
         for key, value in settings(plain).items()

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import collections
 import functools
-import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loops.fetchers import _DataFetcher
 from pytorch_lightning.plugins.precision import Precision
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae.data.images import Batch
 from vae.engine import turns
 from vae.engine.checkpoints import Interruptible
+from vae.engine.draws import Unpackable
 from vae.engine.lean import LeanLoop
 from vae.engine.module import VAEModule
-from vae.engine.stack import Member, Stack, Unpackable
-from vae.engine.stacked_optimizer import RATES
+from vae.engine.stack import Member, Stack
+from vae.engine.structure import signature
 from vae.engine.working_memory import bytes_of_run, free_bytes
 
 MOST_BYTES = 64 * 2**20  # of the loaded batches of a run that wait to be trained on
@@ -80,11 +79,9 @@ class PackedLoop(LeanLoop):
             return
         self.val_loop.restarting = False
         waiting = self._batches(data_fetcher)
-        module = self.trainer.lightning_module
+        module: Any = self.trainer.lightning_module
         answer = seat.ask(
-            Request(
-                self._member, [batch for batch, _ in waiting], module.steps, self._structure, self._why_alone
-            )
+            Request(self._member, [batch for batch, _ in waiting], module.steps, self._structure, self._why_alone)
         )
         self._alone, self._most = answer.alone, answer.most
         done = len(answer.terms)
@@ -107,7 +104,8 @@ class PackedLoop(LeanLoop):
         return found
 
     def _is_looked_at(self, found: Sequence[tuple[Batch, bool]]) -> bool:
-        trainer, taken = self.trainer, len(found)
+        trainer: Any = self.trainer
+        taken = len(found)
         steps = trainer.lightning_module.steps + taken
         batches = (self.total_batch_idx if trainer.check_val_every_n_epoch is None else self.batch_idx) + 1 + taken
         every = [trainer.log_every_n_steps, *(c.every_n_steps for c in trainer.callbacks if _is_interruptible(c))]
@@ -126,7 +124,7 @@ class PackedLoop(LeanLoop):
     @functools.cached_property
     def _why_alone(self) -> str | None:
         """Why this run must be trained by itself, if it must."""
-        module = self.trainer.lightning_module
+        module: Any = self.trainer.lightning_module
         objective = module.objective
         if objective.unpackable:
             return f"{type(objective).__name__}: {objective.unpackable}"
@@ -140,8 +138,8 @@ class PackedLoop(LeanLoop):
 
     @functools.cached_property
     def _member(self) -> Member:
-        trainer, module = self.trainer, self.trainer.lightning_module
-        clip = None
+        trainer: Any = self.trainer
+        module, clip = trainer.lightning_module, None
         if trainer.gradient_clip_val:
             clip = (str(getattr(trainer.gradient_clip_algorithm, "value", None) or "norm"), trainer.gradient_clip_val)
         precision = trainer.precision_plugin
@@ -166,7 +164,8 @@ class PackedLoop(LeanLoop):
         optimizer.zero_grad.increment_completed()
         optimizer.step.increment_completed()
         progress.increment_processed()
-        module, connector, results = self.trainer.lightning_module, self.trainer._logger_connector, self._results
+        module: Any = self.trainer.lightning_module
+        connector, results = self.trainer._logger_connector, self._results
         connector._first_loop_iter = connector._first_loop_iter is None
         results.batch, results.batch_size, results.dataloader_idx = batch, None, None
         module.logged = False
@@ -177,8 +176,8 @@ class PackedLoop(LeanLoop):
 
     def _after(self, batch: Batch) -> None:
         """What follows the last of the steps that were taken together."""
-        trainer, number = self.trainer, self.batch_idx
-        connector = trainer._logger_connector
+        trainer: Any = self.trainer
+        connector, number = trainer._logger_connector, self.batch_idx
         self.update_lr_schedulers("step", update_plateau_schedulers=False)
         if self._num_ready_batches_reached():
             self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
@@ -193,54 +192,6 @@ class PackedLoop(LeanLoop):
 
 def _is_interruptible(callback: Any) -> bool:
     return type(callback) is Interruptible
-
-
-# --- which runs can be trained together -------------------------------------------------------------------------------
-
-
-def signature(member: Member, trainer: pl.Trainer | None = None) -> str:
-    """What runs must have in common to be one program: all that is no parameter, buffer or rate.
-
-    Kinds and plain attributes of every module, names, shapes and types of tensors, the optimiser's options, and what the
-    batches are prepared by.
-    """
-    found: list[Any] = []
-    of_every_module = set(vars(nn.Module()))
-    for name, module in member.both.named_modules():
-        kept = {k: v for k, v in vars(module).items() if k not in of_every_module}
-        found.append((name, type(module), sorted((k, _plain(v)) for k, v in kept.items())))
-    tensors = [*member.both.named_parameters(), *member.both.named_buffers()]
-    found += [(name, tuple(t.shape), t.dtype, t.device, t.requires_grad) for name, t in tensors]
-    optimizer = member.optimizer
-    places = {id(parameter): name for name, parameter in member.both.named_parameters()}
-    found.append(type(optimizer))
-    for group in optimizer.param_groups:
-        options = {k: _plain(v) for k, v in group.items() if k not in (*RATES, "params")}
-        found.append((sorted(options.items()), [places[id(p)] for p in group["params"]]))
-    data = member.data
-    found += [type(data), data.binarize, data.batch_size, data.image_shape, len(data.splits_ready().train), member.clip]
-    if trainer is not None:
-        found += [trainer.log_every_n_steps, trainer.precision_plugin.precision, trainer.check_val_every_n_epoch]
-        found += [trainer.num_training_batches, trainer.val_check_batch, trainer.max_epochs, trainer.max_steps]
-    return repr(found)
-
-
-def _plain(value: Any) -> Any:
-    """A value by which two can be told apart: numbers and names as they are, collections of them, anything else by what it
-    is called."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device):
-        return value
-    if isinstance(value, dict):
-        return sorted((str(k), _plain(v)) for k, v in value.items())
-    if isinstance(value, list | tuple | set):
-        return [_plain(v) for v in value]
-    if isinstance(value, functools.partial):
-        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, nn.Module) or not (inspect.isroutine(value) or inspect.isclass(value)):
-        return f"{type(value).__module__}.{type(value).__qualname__}"
-    return f"{value.__module__}.{value.__qualname__}"
 
 
 # --- who is answered when ---------------------------------------------------------------------------------------------
@@ -330,7 +281,6 @@ class Pack:
             seat.seconds += seconds / len(together)
             seat.moment = ended
         return together, [Answer(of_run, most=most) for of_run in _of_runs(terms, len(together))]
-
 
     def _fitting(self, together: list[turns.Seat]) -> list[turns.Seat]:
         """As many of these as fit into memory. Raises Unpackable where that is one."""

@@ -8,28 +8,21 @@ with the number of runs. Only what a run draws is drawn for each by itself, from
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vae.data.images import Batch
 from vae.data.module import ImageDataModule
-from vae.engine.batched import Batched
+from vae.engine.draws import Call, Drawn, NoSeed, Unpackable, Watched
 from vae.engine.stacked_optimizer import StackedOptimizer
 from vae.model import VAE
 from vae.objectives.elbo import Objective
 from vae.seeding import generator
-
-
-class Unpackable(Exception):
-    """Why runs cannot be trained as one program; the words complete "trained one after another, because ..."."""
 
 
 @dataclass
@@ -66,23 +59,15 @@ class Both(nn.Module):
         self.vae, self.objective = vae, objective
 
     def forward(self, batch: Batch, generator: torch.Generator, step: int, observe: bool = True) -> dict[str, Tensor]:
-        terms = self.objective(self.vae, batch, generator, step)
+        terms: dict[str, Tensor] = self.objective(self.vae, batch, generator, step)
         if observe:
-            self.objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
+            schedule: Any = self.objective.schedule
+            schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
         return terms
 
 
-class NoSeed:
-    """Stands where a batch has its seed: there is none that all runs share."""
-
-    def __repr__(self) -> str:
-        raise Unpackable("the objective draws by the batch's seed, and not from the generator that it is given")
-
-    __index__ = __int__ = __hash__ = __repr__  # type: ignore[assignment]
-
-
 class Stack:
-    """K runs as one program. All have one structure (`vae.engine.packing.signature`), the same device, and are at the
+    """K runs as one program. All have one structure (`vae.engine.structure.signature`), the same device, and are at the
     same step. Raises Unpackable from `train` where the runs turn out to be different from what they would be alone, before
     anything was changed.
     """
@@ -242,72 +227,6 @@ class Stack:
         self._tried = True
 
 
-# --- what a run draws -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Call:
-    """A draw: a function of torch and what it is called with, but for the generator."""
-
-    function: Callable[..., Tensor]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-
-class Watched(TorchFunctionMode):
-    """Notes what is drawn from a generator. Raises Unpackable for what is drawn otherwise, or depends on a tensor."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        self.generator, self.calls = generator, list[Call]()
-
-    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        options = dict(options or {})
-        if options.get("generator") is self.generator:
-            rest = {name: value for name, value in options.items() if name != "generator"}
-            if any(isinstance(value, Tensor) for value in (*arguments, *rest.values())):
-                raise Unpackable(f"what {function.__name__} draws depends on a tensor, which differs between runs")
-            self.calls.append(Call(function, arguments, rest))
-        return function(*arguments, **options)
-
-    def __enter__(self) -> Watched:
-        self._before = list(_global_states())
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        if any(not np.array_equal(a, b) for a, b in zip(self._before, _global_states(), strict=True)):
-            raise Unpackable(
-                "its objective or its networks draw from the global generator: every draw must come from the generator "
-                "that an objective is given"
-            )
-
-
-def _global_states() -> Iterator[Any]:
-    yield torch.get_rng_state().numpy()
-    if torch.cuda.is_available():
-        yield torch.cuda.get_rng_state().numpy()
-    yield np.random.get_state()[1]
-    yield np.asarray(random.getstate()[1])
-
-
-class Drawn(Batched):
-    """Answers what is drawn from a generator by what was drawn before, in the same order."""
-
-    def __init__(self, generator: torch.Generator, plan: list[Call], drawn: list[Tensor]) -> None:
-        super().__init__()
-        self.generator, self.left = generator, list(zip(plan, drawn, strict=True))
-
-    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if not options or options.get("generator") is not self.generator:
-            return super().__torch_function__(function, types, arguments, options)
-        rest = {name: value for name, value in options.items() if name != "generator"}
-        if not self.left or (Call(function, arguments, rest) != self.left[0][0]):
-            raise Unpackable("what it draws differs from step to step")
-        return self.left.pop(0)[1]
-
-
 class Template:
     """A module that can hold other tensors than its own, as `torch.func.functional_call` lets it, in a tenth of the time."""
 
@@ -366,8 +285,10 @@ def _of_runs(numbers: Tensor, like: Tensor) -> Tensor:
 
 def _stack_of(batches: Sequence[Batch]) -> Batch:
     """Batches as one, (K, B, ...), without a seed."""
-    x, y, partner = (
-        None if any(part is None for part in parts) else torch.stack(parts)
-        for parts in ([b.x for b in batches], [b.y for b in batches], [b.partner for b in batches])
-    )
-    return Batch(x, y, 0, partner)  # type: ignore[arg-type]
+
+    def together(parts: list[Tensor | None]) -> Tensor | None:
+        known = [part for part in parts if part is not None]
+        return torch.stack(known) if len(known) == len(parts) else None
+
+    y, partner = together([batch.y for batch in batches]), together([batch.partner for batch in batches])
+    return Batch(torch.stack([batch.x for batch in batches]), y, 0, partner)

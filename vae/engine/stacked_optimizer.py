@@ -46,9 +46,7 @@ class StackedOptimizer:
 
     def _stack_state(self, place: int) -> None:
         """Take over what the runs' optimisers know of a parameter, or begin it."""
-        states = [
-            optimizer.state[own[place]] for optimizer, own in zip(self.optimizers, self.own, strict=True)
-        ]
+        states = [optimizer.state[own[place]] for optimizer, own in zip(self.optimizers, self.own, strict=True)]
         group, stack = self.optimizers[0].param_groups[self.groups[place]], self.stack[place]
         if not states[0]:
             fused = bool(group.get("fused"))  # as torch counts
@@ -105,7 +103,7 @@ class StackedOptimizer:
                 self._decay(parameters, gradients, rates, decoupled)
             targets, options = [torch.zeros_like(p) for p in parameters], {"lr": 1.0, "weight_decay": 0.0}
         state = [self.state[place] for place in places]
-        fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+        fused: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
         torch._foreach_add_([s["step"] for s in state], 1)
         fused(
             targets,
@@ -126,9 +124,7 @@ class StackedOptimizer:
             for parameter, update in zip(parameters, targets, strict=True):
                 parameter.addcmul_(update, self._of_runs(rates["lr"], parameter))
 
-    def _decay(
-        self, parameters: list[Tensor], gradients: list[Tensor], rates: dict[str, Any], decoupled: bool
-    ) -> None:
+    def _decay(self, parameters: list[Tensor], gradients: list[Tensor], rates: dict[str, Any], decoupled: bool) -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             decay = rates["weight_decay"]
             if decoupled:

@@ -23,7 +23,7 @@ class Seat:
 
     def __init__(self, job: Callable[[], Any], swap: Callable[[Any], Any] = lambda around: around) -> None:
         try:
-            from greenlet import greenlet
+            from greenlet import greenlet  # type: ignore[import-untyped, unused-ignore]
         except ImportError as error:
             raise VAEError("hydra/launcher=packed needs greenlet: pip install greenlet.") from error
         self._greenlet = greenlet(self._run)
