@@ -16,8 +16,9 @@ from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job
 from hydra_plugins.hydra_joblib_launcher import joblib_launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from vae.cli import TRANSIENT
+from vae.cli import TRANSIENT, sentences
 from vae.engine.launcher import Launcher
+from vae.engine.turns import require_greenlet
 from vae.errors import VAEError, whole
 
 #: Groups of settings whose numbers runs of one pack may differ in; `vae.engine.structure.signature` looks closer.
@@ -27,7 +28,7 @@ NUMBERS = ("objective", "optimizer", "lr_schedule")
 class Packed(Launcher):
     """Trains what can be as one program, convolutions on a CPU by joblib, and all else one after another.
 
-    most: runs as one program at most; the other options are joblib's. Raises VAEError if it is not a whole number.
+    most: runs as one program at most; the other options are joblib's.
     """
 
     def __init__(self, most: int = 64, **joblib: Any) -> None:
@@ -37,7 +38,9 @@ class Packed(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from vae.engine.build import SHARED
 
-        whole("hydra.launcher.most", self.most)
+        with sentences():
+            whole("hydra.launcher.most", self.most)
+            require_greenlet()
         setup_globals()
         self._configure_log()
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)

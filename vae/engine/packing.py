@@ -69,12 +69,15 @@ class PackedLoop(LeanLoop):
         owners = [getattr(hook, "func", hook).__self__ for name in self.HOOKS for hook in self._hooks[name]]
         module = self.trainer.lightning_module
         self._each_step = any(not (_is_interruptible(owner) or owner is module) for owner in owners)
-        if not self._plain:
-            self._alone = True
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
         seat = turns.CURRENT
         if seat is None or self._alone or self.restarting:
+            super().advance(data_fetcher)
+            return
+        if not self._plain:
+            seat.ask(Request(self._member, [], 0, "", "something in its trainer asks for Lightning's own loop"))
+            self._alone = True
             super().advance(data_fetcher)
             return
         self.val_loop.restarting = False
@@ -208,6 +211,7 @@ class Pack:
         self.names = names
         self.log = logging.getLogger(__name__)
         self._stack: tuple[list[turns.Seat], Stack] | None = None
+        self._told: set[int] = set()  # the runs that it was said of
 
     def run(self, jobs: Sequence[Callable[[], Any]], swap: Callable[[Any], Any] = lambda around: around) -> list[Any]:
         """What the jobs return. Whatever one raises ends all of them, each where it stands, and is raised again."""
@@ -215,7 +219,7 @@ class Pack:
         self.numbers = {id(seat): number for number, seat in enumerate(seats)}
         try:
             pending = [seat for seat in seats if seat.resume()]
-            self._tell(pending)
+            self._tell_apart(pending)
             while pending:
                 together, answers = self._answer(pending)
                 rest = [seat for seat in pending if seat not in together]
@@ -239,14 +243,12 @@ class Pack:
             return [pending[0]]
         return [seat for seat in pending if not seat.request.alone and seat.request.key == first.key]
 
-    def _tell(self, pending: Sequence[turns.Seat]) -> None:
+    def _tell_apart(self, pending: Sequence[turns.Seat]) -> None:
         left, apart = list(pending), collections.defaultdict[str, list[int]](list)
         while left:
             together = self._partners(left)
             left = [seat for seat in left if seat not in together]
-            if len(together) > 1:
-                self.log.info(f"Packed: {len(together)} runs are trained as one program.")
-            else:
+            if len(together) == 1:
                 reason = together[0].request.alone or "no other run of the sweep has its structure"
                 apart[reason].append(self.numbers[id(together[0])])
         for reason, numbers in apart.items():
@@ -260,6 +262,7 @@ class Pack:
     def _answer(self, pending: Sequence[turns.Seat]) -> tuple[list[turns.Seat], list[Answer]]:
         together = self._partners(pending)
         if len(together) == 1:
+            together[0].moment = None
             return together, [Answer(alone=True)]
         started = time.monotonic()
         try:
@@ -273,7 +276,12 @@ class Pack:
         except Exception as error:
             self._stack = None
             self._say_alone([self.numbers[id(seat)] for seat in together], reason_of(error))
+            for seat in together:
+                seat.moment = None
             return together, [Answer(alone=True) for _ in together]
+        if not any(id(seat) in self._told for seat in together):
+            self._told |= {id(seat) for seat in together}
+            self.log.info(f"Packed: {len(together)} runs are trained as one program.")
         ended = time.monotonic()
         seconds = ended - started
         most = max(1, int(MOST_SECONDS * len(blocks) / max(seconds, 1e-6)))

@@ -22,11 +22,7 @@ class Seat:
     """
 
     def __init__(self, job: Callable[[], Any], swap: Callable[[Any], Any] = lambda around: around) -> None:
-        try:
-            from greenlet import greenlet  # type: ignore[import-untyped, unused-ignore]
-        except ImportError as error:
-            raise VAEError("hydra/launcher=packed needs greenlet: pip install greenlet.") from error
-        self._greenlet = greenlet(self._run)
+        self._greenlet = require_greenlet()(self._run)
         self._greenlet.gr_context = contextvars.copy_context()
         self._job, self._swap, self._around = job, swap, None
         self._since = self.seconds = 0.0  # when its turn began; what its turns have cost before
@@ -62,6 +58,15 @@ class Seat:
             CURRENT = before
             self._around = self._swap(outside)
         return self.request is not None
+
+
+def require_greenlet() -> Any:
+    """The class that jobs are made of. Raises VAEError where it is not installed."""
+    try:
+        from greenlet import greenlet  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as error:
+        raise VAEError("hydra/launcher=packed needs greenlet: pip install greenlet.") from error
+    return greenlet
 
 
 #: The job whose turn it is; None where nothing takes turns.
