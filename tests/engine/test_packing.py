@@ -101,9 +101,10 @@ WHOLE = [
 ]
 
 
+@pytest.mark.slow
 def test_packed_runs_leave_what_they_leave_alone(tiny, tmp_path, float64, caplog):
     differ = (["seed=1"], ["seed=2", "objective.beta=3"], ["optimizer.lr=5e-3", "objective.schedule.steps=6"])
-    configs = [tiny(*WHOLE, "callbacks=default", "callbacks.pictures.every_n_epochs=2", *more) for more in differ]
+    configs = [tiny(*WHOLE, "callbacks=default", "callbacks.pictures.every_n_epochs=4", *more) for more in differ]
     with caplog.at_level(logging.INFO, "vae.engine.packing"):
         together = packed(configs, tmp_path / "packed")
     assert [record.message for record in caplog.records] == ["Packed: 3 runs are trained as one program."]
@@ -124,6 +125,7 @@ def test_a_run_that_diverges_is_recorded_and_the_others_do_not_notice(tiny, tmp_
         assert_alike(*(tmp_path / name / str(number) for name in ("packed", "alone")))
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early_leaves_and_the_others_go_on(tiny, tmp_path, float64):
     stopping = ["callbacks=early_stopping", "callbacks.pictures=null", "callbacks.early_stopping.patience=1"]
     configs = [tiny(*WHOLE[:-2], *stopping, "trainer.max_epochs=8", f"optimizer.lr={lr}") for lr in (1e-3, 0.3, 1.0)]
@@ -135,9 +137,9 @@ def test_a_run_that_stops_early_leaves_and_the_others_go_on(tiny, tmp_path, floa
         assert_alike(*(tmp_path / name / str(number) for name in ("packed", "alone")), within=1e-6)
 
 
-@pytest.mark.parametrize("at", [5, 11])
+@pytest.mark.parametrize("at", [pytest.param(5, marks=pytest.mark.slow), 11])
 def test_packed_runs_that_were_killed_go_on_as_if_they_had_not_been(tiny, tmp_path, float64, monkeypatch, at):
-    configs = [tiny(*WHOLE, f"seed={seed}") for seed in range(3)]
+    configs = [tiny(*WHOLE, f"seed={seed}") for seed in range(2)]
 
     class Killed(BaseException):
         pass
@@ -156,7 +158,7 @@ def test_packed_runs_that_were_killed_go_on_as_if_they_had_not_been(tiny, tmp_pa
     assert json.loads((tmp_path / "packed" / "0" / "status.json").read_text())["state"] == "failed"
     packed(configs, tmp_path / "packed", resume=True)
     alone(configs, tmp_path / "alone")
-    for number in range(3):
+    for number in range(2):
         ours, theirs = tmp_path / "packed" / str(number), tmp_path / "alone" / str(number)
         assert numbers(ours) == [pytest.approx(row, rel=1e-9) for row in numbers(theirs)]
         a, b = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (ours, theirs))

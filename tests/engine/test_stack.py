@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 
+from tests.objectives.test_every_objective import SMALL
+from vae.cli import CONFIGS
 from vae.engine import batched
 from vae.engine.build import build
 from vae.engine.draws import Unpackable
@@ -122,9 +126,18 @@ def configs_of(tiny, objective, *common):
     ]
 
 
+@pytest.mark.parametrize("steps", [12, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_run_in_a_stack_is_the_run_alone(tiny, float64, objective):
-    assert_equal(configs_of(tiny, objective, "data.limit=48", "data.batch_size=20"), 100, 1e-10)
+def test_a_run_in_a_stack_is_the_run_alone(tiny, float64, objective, steps):
+    assert_equal(configs_of(tiny, objective, "data.limit=48", "data.batch_size=20"), steps, 1e-10)
+
+
+def test_every_objective_is_tried_here_or_says_why_it_cannot_be_packed(tiny):
+    tried = {name.partition(",")[0] for name in OBJECTIVES}
+    for name in sorted(path.stem for path in (Path(CONFIGS) / "objective").glob("*.yaml")):
+        given = SMALL.get(name, [])
+        objective = instantiate(tiny(f"objective={name}", *(o for o in given if o.startswith("objective."))).objective)
+        assert (name in tried) == (objective.unpackable is None), name
 
 
 PARTS = [
@@ -211,6 +224,7 @@ def test_runs_in_a_stack_draw_what_they_draw_alone(tiny):
         assert torch.equal(prepared.x[run], member.data.prepare(batch, training=True).x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["beta_vae", "tcvae"])
 def test_in_float32_a_run_in_a_stack_is_as_near_as_another_adam(tiny, objective):
     """The distance to the run alone, against that of the same run by an Adam that is not fused."""
