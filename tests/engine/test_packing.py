@@ -79,7 +79,8 @@ def assert_same_checkpoint(a, b, within, path=""):
     elif isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype, path
         torch.testing.assert_close(a, b, rtol=within, atol=within, equal_nan=True, msg=path)
-        assert a.untyped_storage().nbytes() == b.untyped_storage().nbytes(), path
+        if not path.startswith(".open"):  # terms of neighbouring steps are kept together
+            assert a.untyped_storage().nbytes() == b.untyped_storage().nbytes(), path
     elif isinstance(a, float):
         assert a == pytest.approx(b, rel=within, abs=within, nan_ok=True), path
     else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from vae.engine import turns
@@ -38,17 +38,27 @@ class CheckpointIO(TorchCheckpointIO):
     """Lightning's reading and writing of checkpoints, through the two functions above."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        whole = apply_to_collection(checkpoint, torch.Tensor, _by_itself)
+        whole = {
+            name: _by_themselves(content) if name in ("state_dict", "optimizer_states") else content
+            for name, content in checkpoint.items()
+        }
         write_atomically(Path(path), lambda file: torch.save(whole, file))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         return read_checkpoint(Path(path))
 
 
-def _by_itself(t: torch.Tensor) -> torch.Tensor:
-    """A tensor without the rest of what it is a view of, such as the weights of the runs that it is packed with: all of
-    that would be saved with it."""
-    return t.clone() if t.untyped_storage().nbytes() > t.numel() * t.element_size() else t
+def _by_themselves(content: Any) -> Any:
+    """Tensors without the rest of what they are views of, such as the weights of the runs that a run is packed with: all of
+    that would be saved with them."""
+    if isinstance(content, torch.Tensor):
+        shares = content.untyped_storage().nbytes() > content.numel() * content.element_size()
+        return content.clone() if shares else content
+    if isinstance(content, dict):
+        whole = copy.copy(content)  # with what a state_dict carries beside its entries
+        whole.update({name: _by_themselves(part) for name, part in content.items()})
+        return whole
+    return [_by_themselves(part) for part in content] if isinstance(content, list) else content
 
 
 class Best(pl.callbacks.Checkpoint):
