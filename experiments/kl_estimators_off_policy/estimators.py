@@ -73,9 +73,9 @@ def _reward_to_go(a: Answers) -> Tensor:
 
 
 ESTIMATORS = [
-    Estimator("k1", "value", _plain(k1), "PPO (TRL's objective/kl), RLOO", "k1"),
+    Estimator("k1", "value", _plain(k1), "TRL's PPO (objective/kl) and RLOO", "k1"),
     Estimator("k2", "value", _plain(k2), "", "k2"),
-    Estimator("k3", "value", _plain(k3), "GRPO (TRL, verl low_var_kl)", "k3"),
+    Estimator("k3", "value", _plain(k3), "TRL's GRPO, verl, SkyRL", "k3"),
     Estimator("w k1, w of a token", "value", _ratio(ratio_k1, "token"), "", "ratio_k1"),
     Estimator("w k3, w of a token", "value", _ratio(ratio_k3, "token"), "", "ratio_k3"),
     Estimator("w k1, w of the prefix", "value", _ratio(ratio_k1, "prefix"), "", "ratio_k1"),
@@ -89,16 +89,22 @@ ESTIMATORS = [
         "sequence_kl_loss",
     ),
     Estimator(
-        "k1 of the sampler, w of a token", "reward", _in_reward(k1, "token", False), "PPO (InstructGPT, TRL)", "reward"
+        "k1 of the sampler, w of a token",
+        "reward",
+        _in_reward(k1, "token", False),
+        "InstructGPT; PPO in TRL, OpenRLHF, verl",
+        "reward",
     ),
     Estimator("k1 of pi, w of a token", "reward", _in_reward(k1, "token", True), "", "reward_is"),
-    Estimator("k1 of the sampler, w of the answer", "reward", _in_reward(k1, "sequence", False), "RLOO", "reward"),
+    Estimator(
+        "k1 of the sampler, w of the answer", "reward", _in_reward(k1, "sequence", False), "TRL's RLOO", "reward"
+    ),
     Estimator("k1 of pi, w of the answer", "reward", _in_reward(k1, "sequence", True), "", "reward_is"),
     Estimator("k1 of pi to go, w of the answer", "reward", _reward_to_go, "MiniLLM (on-policy)", "distillation_reward"),
     Estimator("k3 of pi, w of the answer", "reward", _in_reward(k3, "sequence", True), "", ""),
     Estimator("k1", "loss", _plain(k1), "", ""),
-    Estimator("k2", "loss", _plain(k2), "OpenRLHF, SkyRL", "loss_k2"),
-    Estimator("k3", "loss", _plain(k3), "GRPO (Shao et al. 2024), verl", "loss_k3"),
+    Estimator("k2", "loss", _plain(k2), "REINFORCE++ in OpenRLHF, SkyRL; verl's k3+", "loss_k2"),
+    Estimator("k3", "loss", _plain(k3), "GRPO (Shao et al. 2024); TRL, verl, SkyRL by default", "loss_k3"),
     Estimator("w k1, w of a token", "loss", _ratio(ratio_k1, "token"), "", "loss_k1_is"),
     Estimator("w k2, w of a token, held", "loss", _ratio(ratio_k2, "token"), "Liu et al. 2025", "loss_k2_is"),
     Estimator(
@@ -109,7 +115,11 @@ ESTIMATORS = [
         "",
     ),
     Estimator(
-        "w k3, w of a token", "loss", _ratio(ratio_k3, "token"), "DeepSeek-V3.2, TRL's GRPO since 2026", "loss_k3_is"
+        "w k3, w of a token",
+        "loss",
+        _ratio(ratio_k3, "token"),
+        "DeepSeek-V3.2; TRL's GRPO with use_bias_correction_kl",
+        "loss_k3_is",
     ),
     Estimator(
         "w k3, w of a token, held",

@@ -100,7 +100,7 @@ whose whole ratio leaves {effective:.0%} of the samples effective. For one token
 of the whole. In the rows on rewards the reward itself is 0.
 
 {table}
-Trainers are those whose documentation or code says so; versions differ.
+Trainers were read in their code: TRL (July 2026), OpenRLHF and SkyRL (August 2026), verl (January 2026).
 
 ## To paste
 
