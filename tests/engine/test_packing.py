@@ -10,8 +10,8 @@ import logging
 
 import pytest
 import torch
+from commands import run as command
 
-from tests import commands
 from vae.engine import packing, turns
 from vae.engine.packing import Pack
 from vae.engine.run import train
@@ -240,20 +240,6 @@ def test_a_pack_is_as_large_as_the_memory_holds(tiny, tmp_path, caplog, monkeypa
     assert "Packed: 2 of 4 runs at a time, which is what the memory holds." in messages
 
 
-def test_what_a_step_of_a_run_holds_is_estimated_from_its_own(tiny):
-    from tests.engine.test_stack import made
-    from vae.engine.working_memory import bytes_of_run, free_bytes
-
-    member, loader = made(tiny("data.batch_size=32"))
-    small, batch = bytes_of_run(member, next(iter(loader))), next(iter(loader))
-    weights = 4 * sum(p.numel() for p in member.both.parameters())
-    assert small > 4 * weights + 2 * 4 * 32 * 64  # the logits at least
-    member, loader = made(tiny("data.batch_size=64"))
-    assert bytes_of_run(member, next(iter(loader))) - 4 * weights == pytest.approx(2 * (small - 4 * weights), rel=0.05)
-    assert free_bytes(member) > 10 * small
-    assert len(batch.x) == 32
-
-
 # --- turns ------------------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +314,7 @@ SMALL += ["network.hidden=[16]", "model.latent_dim=3", "trainer.accelerator=cpu"
 @pytest.mark.slow
 def test_a_packed_sweep_has_its_report_each_run_its_log_and_one_that_fails_is_told(tmp_path):
     sweep = ["objective.beta=0.5,2", "optimizer.lr=1e-3,1e30", "run=sweep", "hydra/launcher=packed", *SMALL]
-    done = commands.run("vae.train", "-m", *sweep, cwd=tmp_path)
+    done = command("vae.train", "-m", *sweep, cwd=tmp_path)
     assert done.returncode == 1
     assert "Packed: 4 runs are trained as one program." in done.stdout
     folders = sorted(path.parent for path in tmp_path.glob("sweep/*/status.json"))
@@ -339,7 +325,7 @@ def test_a_packed_sweep_has_its_report_each_run_its_log_and_one_that_fails_is_to
         log = (folder / "train.log").read_text()
         assert folder.name in log
         assert log.count("objective.beta") == 1
-    again = commands.run("vae.train", "-m", *sweep, "resume=true", cwd=tmp_path)
+    again = command("vae.train", "-m", *sweep, "resume=true", cwd=tmp_path)
     assert again.returncode == 1
 
 
@@ -347,7 +333,7 @@ def test_a_packed_sweep_has_its_report_each_run_its_log_and_one_that_fails_is_to
 def test_convolutions_on_a_cpu_are_left_to_joblib_and_the_rest_is_packed(tmp_path):
     small = [option for option in SMALL if "hidden" not in option]
     sweep = ["network=mlp,conv", "seed=0,1", "run=sweep", "hydra/launcher=packed", "hydra.launcher.n_jobs=2", *small]
-    done = commands.run("vae.train", "-m", *sweep, cwd=tmp_path)
+    done = command("vae.train", "-m", *sweep, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Not packed: 2 runs have convolutions, which gain nothing from it on a CPU" in done.stdout
     assert "Packed: 2 runs are trained as one program." in done.stdout

@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
-from tests.objectives.test_every_objective import SMALL
 from vae.cli import CONFIGS
 from vae.engine import batched
 from vae.engine.build import build
 from vae.engine.draws import Unpackable
 from vae.engine.stack import Member, Stack
 from vae.engine.structure import signature
+from vae.engine.working_memory import bytes_of_run, free_bytes
 from vae.seeding import generator
 
 #: Of each objective that says it can be packed: what two runs differ in.
@@ -135,8 +136,9 @@ def test_a_run_in_a_stack_is_the_run_alone(tiny, float64, objective, steps):
 def test_every_objective_is_tried_here_or_says_why_it_cannot_be_packed(tiny):
     tried = {name.partition(",")[0] for name in OBJECTIVES}
     for name in sorted(path.stem for path in (Path(CONFIGS) / "objective").glob("*.yaml")):
-        given = SMALL.get(name, [])
-        objective = instantiate(tiny(f"objective={name}", *(o for o in given if o.startswith("objective."))).objective)
+        config = tiny(f"objective={name}").objective
+        needed = {key: 2 for key in ("groups", "samples") if OmegaConf.is_missing(config, key)}
+        objective = instantiate(config, **needed)
         assert (name in tried) == (objective.unpackable is None), name
 
 
@@ -300,3 +302,14 @@ def test_an_optimiser_over_the_stack_takes_each_runs_own_step(tiny, float64, opt
 def test_each_run_is_clipped_by_its_own_gradient(tiny, float64, clip):
     configs = [tiny("data.limit=40", "data.batch_size=20", f"objective.beta={beta}") for beta in (1, 500)]
     assert_equal(configs, 10, 1e-12, clip=clip)
+
+
+def test_what_a_step_of_a_run_holds_is_estimated_from_its_own(tiny):
+    member, loader = made(tiny("data.batch_size=32"))
+    small, batch = bytes_of_run(member, next(iter(loader))), next(iter(loader))
+    weights = 4 * sum(p.numel() for p in member.both.parameters())
+    assert small > 4 * weights + 2 * 4 * 32 * 64  # the logits at least
+    member, loader = made(tiny("data.batch_size=64"))
+    assert bytes_of_run(member, next(iter(loader))) - 4 * weights == pytest.approx(2 * (small - 4 * weights), rel=0.05)
+    assert free_bytes(member) > 10 * small
+    assert len(batch.x) == 32

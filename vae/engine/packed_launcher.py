@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
@@ -20,6 +21,11 @@ from vae.cli import TRANSIENT, sentences
 from vae.engine.launcher import Launcher
 from vae.engine.turns import require_greenlet
 from vae.errors import VAEError, whole
+
+#: What `hydra/launcher=packed` stands for. most: runs as one program at most, fewer where the memory holds fewer; n_jobs: of
+#: joblib, which takes convolutions on a CPU, as many as there are cores with -1.
+OPTIONS = {"_target_": f"{joblib_launcher.__name__}.PackedLauncher", "most": 64, "n_jobs": -1}
+ConfigStore.instance().store(group="hydra/launcher", name="packed", node=OPTIONS, provider="vae")
 
 #: Groups of settings whose numbers runs of one pack may differ in; `vae.engine.structure.signature` looks closer.
 NUMBERS = ("objective", "optimizer", "lr_schedule")
@@ -156,4 +162,4 @@ def stretches(numbers: Sequence[int]) -> Iterator[list[int]]:
 def use() -> None:
     """Let `hydra/launcher=packed` mean this one: Hydra takes launchers from packages named hydra_plugins only."""
     joblib_launcher.PackedLauncher = Packed
-    Plugins.instance().class_name_to_class[f"{joblib_launcher.__name__}.PackedLauncher"] = Packed
+    Plugins.instance().class_name_to_class[OPTIONS["_target_"]] = Packed
