@@ -24,7 +24,8 @@ from vae.errors import VAEError, whole
 
 #: What `hydra/launcher=packed` stands for. most: runs as one program at most, fewer where the memory holds fewer; n_jobs: of
 #: joblib, which takes convolutions on a CPU, as many as there are cores with -1.
-OPTIONS = {"_target_": f"{joblib_launcher.__name__}.PackedLauncher", "most": 64, "n_jobs": -1}
+PLACE = f"{joblib_launcher.__name__}.PackedLauncher"
+OPTIONS = {"_target_": PLACE, "most": 64, "n_jobs": -1}
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=OPTIONS, provider="vae")
 
 #: Groups of settings whose numbers runs of one pack may differ in; `vae.engine.structure.signature` looks closer.
@@ -162,4 +163,4 @@ def stretches(numbers: Sequence[int]) -> Iterator[list[int]]:
 def use() -> None:
     """Let `hydra/launcher=packed` mean this one: Hydra takes launchers from packages named hydra_plugins only."""
     joblib_launcher.PackedLauncher = Packed
-    Plugins.instance().class_name_to_class[OPTIONS["_target_"]] = Packed
+    Plugins.instance().class_name_to_class[PLACE] = Packed
