@@ -138,7 +138,8 @@ def test_a_run_that_stops_early_leaves_and_the_others_go_on(tiny, tmp_path, floa
         assert_alike(*(tmp_path / name / str(number) for name in ("packed", "alone")), within=1e-6)
 
 
-@pytest.mark.parametrize("at", [pytest.param(5, marks=pytest.mark.slow), 11])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [5, 11])
 def test_packed_runs_that_were_killed_go_on_as_if_they_had_not_been(tiny, tmp_path, float64, monkeypatch, at):
     configs = [tiny(*WHOLE, f"seed={seed}") for seed in range(2)]
 
@@ -188,7 +189,13 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("DrawsGlobally", "HidesNumbers", "HooksTheLoss") else pytest.mark.slow)
+        for name in OWN
+    ],
+)
 def test_an_objective_that_cannot_be_packed_is_found_out_and_trained_as_ever(tiny, tmp_path, caplog, name):
     varied = [f"++objective.factor={f}" if name == "HidesNumbers" else f"objective.beta={f}" for f in (1.0, 2.0)]
     configs = [tiny("logger=none", f"objective._target_=own_objectives.{name}", more) for more in varied]
