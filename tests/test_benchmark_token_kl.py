@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import token_kl as benchmark
@@ -23,6 +24,7 @@ def test_live_bytes_are_those_of_the_tensors_that_something_holds():
     assert sum(live.alive.values()) == 6000 and len(view) + len(c) == 510
 
 
+@pytest.mark.slow
 def test_chunks_need_at_most_an_eighth_of_the_plain_forms_memory():
     plain, chunked = (
         benchmark.counted_peak(form) for form in ("plain", "chunks of 64")

@@ -27,6 +27,7 @@ SMALL = [
 SMALL += ["callbacks=minimal", "threads=1", "trainer.accelerator=cpu"]
 
 
+@pytest.mark.slow
 def test_entry_points_answer_without_importing_torch(tmp_path):
     code = "import sys, vae.train, vae.evaluate, vae.engine.sweep, vae.report; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -134,7 +135,7 @@ def test_any_folder_can_be_named_by_run(folder, monkeypatch):
     assert sys.argv == once
 
 
-@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
+@pytest.mark.parametrize("sweep", [[], pytest.param(["-m", "seed=0,1"], marks=pytest.mark.slow)])
 def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path, sweep):
     (tmp_path / "file").write_text("kept")
     for folder, why in (("/dev/null/x", "Not a directory"), ("file", "File exists")):
@@ -143,7 +144,7 @@ def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path, sweep):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
+@pytest.mark.parametrize("sweep", [[], pytest.param(["-m", "seed=0,1"], marks=pytest.mark.slow)])
 def test_a_current_folder_that_takes_no_runs_is_told_in_a_sentence(tmp_path, sweep):
     (tmp_path / "runs").write_text("a file")
     done = run("vae.train", *sweep, *SMALL, cwd=tmp_path)

@@ -28,6 +28,7 @@ def ppca(x, latent_dim):
     return -0.5 * (n * math.log(2 * math.pi) + log_det + n).item(), rate.item(), sigma2.item()
 
 
+@pytest.mark.slow
 def test_elbo_of_linear_vae_reaches_the_ppca_likelihood_on_digits(tiny):
     data, module = build(
         tiny(

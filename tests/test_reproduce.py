@@ -300,6 +300,7 @@ def test_the_readme_shows_the_results_between_its_marks(fake, capsys):
     assert readme.read_text() == text
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_once_and_is_the_same_however_many_are_side_by_side(tmp_path):
     tiny = ["data.limit=64", "data.batch_size=32", "trainer.max_epochs=1", "evaluation.nll_samples=0"]
     tiny += ["callbacks=minimal", "logger=none", "network.hidden=[4]", "model.latent_dim=2", "trainer.accelerator=cpu"]

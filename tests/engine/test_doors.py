@@ -183,10 +183,17 @@ def test_an_exported_model_is_loaded_as_its_run_is(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", [(), ("objective=cvae",), ("network=conv",)], ids=lambda kind: " ".join(kind) or "plain"
+    ("form", "kind"),
+    [
+        ("onnx", ()),
+        ("torch_export", ("objective=cvae",)),
+        pytest.param("onnx", ("objective=cvae",), marks=pytest.mark.slow),
+        pytest.param("onnx", ("network=conv",), marks=pytest.mark.slow),
+        pytest.param("torch_export", (), marks=pytest.mark.slow),
+        pytest.param("torch_export", ("network=conv",), marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("form", ["torch_export", "onnx"])
-def test_exported_programs_give_our_outputs_at_any_batch_size(kind, form, tmp_path):
+def test_exported_programs_give_our_outputs_at_any_batch_size(form, kind, tmp_path):
     pytest.importorskip("safetensors")
     if form == "onnx":
         pytest.importorskip("onnxscript")

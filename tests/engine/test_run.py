@@ -105,7 +105,11 @@ OPTIONS = [
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_trains_a_step(option, tiny, tmp_path):
-    metrics = trained(tiny(option, "callbacks.pictures=null") if "callbacks" not in option else tiny(option), tmp_path)
+    if option in ("logger=mlflow", "logger=wandb"):
+        pytest.importorskip(option.partition("=")[2], exc_type=ImportError)
+    also = {"network=autoencoder_kl": ["model.latent_dim=4"]}.get(option, [])  # a channel of 2 x 2 places
+    also += [] if "callbacks" in option else ["callbacks.pictures=null"]
+    metrics = trained(tiny(option, *also), tmp_path)
     assert math.isfinite(metrics["test/elbo"])
     assert math.isfinite(metrics["test/nll_iw5"])
 

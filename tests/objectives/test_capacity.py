@@ -172,6 +172,7 @@ def test_rate_control_settles_on_the_published_point_of_mnist(data_dir, name):
     assert reached == pytest.approx((45.109, 13.6441), rel=0.01)
 
 
+@pytest.mark.slow
 def test_free_bits_keep_every_dimension_above_the_floor_and_cost_only_where_they_must():
     # at s = 1 most directions of this spectrum are not worth a nat, and collapse without a floor
     floor, variances = 0.4, SPECTRUM

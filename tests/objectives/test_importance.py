@@ -295,6 +295,7 @@ def slopes(toy, samples, draws, estimator):
     ]
 
 
+@pytest.mark.slow
 def test_more_samples_cost_the_encoder_its_signal_and_dreg_gives_it_back():
     toy, samples = Toy(dim=4, off=0.3), (4, 16, 64)
     of_encoder, of_model = slopes(toy, samples, 20_000, "reparameterised")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -188,6 +188,21 @@ class ImageDataModule(pl.LightningDataModule):
         if self.binarize == "dynamic" and training:
             x = bernoulli(x, generator(batch.seed, "binarize", device=x.device))
         return batch._replace(x=x, partner=partner)
+
+    def prepare_many(self, batch: Batch, seeds: Sequence[int]) -> Batch:
+        """Training batches of several runs at once, x (K, B, C, H, W): each as `prepare` makes it by its own seed."""
+        x, partner = (None if images is None else self.scale(images) for images in (batch.x, batch.partner))
+        if self.binarize == "dynamic":
+            noise = torch.empty_like(x)
+            for of_run, seed in zip(noise, seeds, strict=True):
+                torch.rand(of_run.shape, generator=generator(seed, "binarize", device=x.device), out=of_run)
+            x = noise.lt_(x)
+        return batch._replace(x=x, partner=partner)
+
+    def share(self, other: ImageDataModule) -> None:
+        """Take the splits of another module of the same options but for the seed, which the splits do not depend on."""
+        self.splits, self._all_labels = other.splits, other._all_labels
+        self._train_labels = other._train_labels
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """As Lightning's, which looks through any collection, but knowing what a batch holds."""

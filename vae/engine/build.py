@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import hydra.utils
@@ -49,8 +50,19 @@ def build_data(config: DictConfig) -> ImageDataModule:
     """The data set that a config describes, loaded."""
     data: ImageDataModule = instantiate(config.data, "data", seed=config.seed)
     data.source = functools.partial(called, "data.source", data.source)
+    loaded, named = SHARED.get(), OmegaConf.to_yaml(config.data, resolve=True)
+    if type(data) is not ImageDataModule or loaded is None:
+        data.setup()
+        return data
+    if named in loaded:
+        data.share(loaded[named])
     data.setup()
+    loaded[named] = data
     return data
+
+
+#: Where the data of several runs are in memory once: by their options, the first module that has them.
+SHARED: ContextVar[dict[str, ImageDataModule] | None] = ContextVar("SHARED", default=None)
 
 
 def image_facts(data: ImageDataModule, objective: Objective) -> ImageFacts:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from vae.engine import turns
 from vae.engine.module import is_ending
 from vae.engine.stored import read_checkpoint
 from vae.errors import VAEError, whole
@@ -38,10 +39,27 @@ class CheckpointIO(TorchCheckpointIO):
     """Lightning's reading and writing of checkpoints, through the two functions above."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        whole = {
+            name: _by_themselves(content) if name in ("state_dict", "optimizer_states") else content
+            for name, content in checkpoint.items()
+        }
+        write_atomically(Path(path), lambda file: torch.save(whole, file))
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         return read_checkpoint(Path(path))
+
+
+def _by_themselves(content: Any) -> Any:
+    """Tensors without the rest of what they are views of, such as the weights of the runs that a run is packed with: all of
+    that would be saved with them."""
+    if isinstance(content, torch.Tensor):
+        shares = content.untyped_storage().nbytes() > content.numel() * content.element_size()
+        return content.clone() if shares else content
+    if isinstance(content, dict):
+        whole = copy.copy(content)  # with what a state_dict carries beside its entries
+        whole.update({name: _by_themselves(part) for name, part in content.items()})
+        return whole
+    return [_by_themselves(part) for part in content] if isinstance(content, list) else content
 
 
 class Best(pl.callbacks.Checkpoint):
@@ -131,11 +149,11 @@ class Interruptible(pl.callbacks.Checkpoint):
                 f"callbacks.interruptible.every_n_seconds={every_n_seconds} must be a number of at least 0, or null."
             )
         self.every_n_seconds, self.every_n_steps = every_n_seconds, every_n_steps
-        self._saved = self._started = time.monotonic()
+        self._saved, self._started = turns.moment(), turns.seconds()
         self._before, self._stopped = 0.0, False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._before + time.monotonic() - self._started, "stopped": self._stopped}
+        return {"seconds": self._before + turns.seconds() - self._started, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before, self._stopped = state_dict["seconds"], state_dict.get("stopped", False)
@@ -147,7 +165,7 @@ class Interruptible(pl.callbacks.Checkpoint):
     def _is_due(self, module: pl.LightningModule) -> bool:
         if self.every_n_steps is not None and module.steps % self.every_n_steps == 0:
             return True
-        return self.every_n_seconds is not None and time.monotonic() - self._saved >= self.every_n_seconds
+        return self.every_n_seconds is not None and turns.moment() - self._saved >= self.every_n_seconds
 
     def _save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:  # whose clock decides
@@ -157,7 +175,7 @@ class Interruptible(pl.callbacks.Checkpoint):
         timed = any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)
         self._stopped = trainer.should_stop and not timed
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
-        self._saved = time.monotonic()
+        self._saved = turns.moment()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         # after an epoch's last batch, or the run's, validation follows at once

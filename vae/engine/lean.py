@@ -140,13 +140,16 @@ class LeanLoop(_TrainingEpochLoop):
         if not self._plain or self.restarting:
             super().advance(data_fetcher)
             return
+        self.val_loop.restarting = False
+        batch, _, _ = next(data_fetcher)
+        self.take(batch, data_fetcher.done)
+
+    def take(self, batch: Any, is_last: bool) -> None:
+        """Train on a batch, whose place in the epoch is the next; `is_last`: of the epoch."""
         trainer, progress, results = self.trainer, self.batch_progress, self._results
         module, data, connector = trainer.lightning_module, trainer.datamodule, trainer._logger_connector
-        self.val_loop.restarting = False
-
-        batch, _, _ = next(data_fetcher)
         number = self.batch_idx + 1
-        progress.is_last_batch = data_fetcher.done
+        progress.is_last_batch = is_last
         batch = data.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
         batch = data.on_after_batch_transfer(batch, 0)
         progress.increment_ready()
@@ -198,13 +201,13 @@ def _has_own(owner: Any, name: str, base: type) -> bool:
     return name in vars(owner) or getattr(type(owner), name) is not getattr(base, name)
 
 
-def make_lean(trainer: pl.Trainer) -> pl.Trainer:
-    """The same trainer, its epochs run by `LeanLoop` where that was tried with this Lightning, or else as it is."""
+def make_lean(trainer: pl.Trainer, kind: type[LeanLoop] = LeanLoop) -> pl.Trainer:
+    """The same trainer, its epochs run by `kind` where that was tried with this Lightning, or else as it is."""
     if MISSING or ".".join(pl.__version__.split(".")[:2]) not in TESTED:
         _leave_to_lightning(MISSING or f"tried with {' and '.join(TESTED)} only")
         return trainer
     loop = trainer.fit_loop.epoch_loop
-    trainer.fit_loop.epoch_loop = LeanLoop(trainer, loop.min_steps, loop.max_steps)
+    trainer.fit_loop.epoch_loop = kind(trainer, loop.min_steps, loop.max_steps)
     return trainer
 
 

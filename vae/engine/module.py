@@ -103,22 +103,29 @@ class VAEModule(pl.LightningModule):
         noise = generator(batch.seed, "z", device=batch.x.device)
         terms = self.objective(self.vae, batch, noise, self.steps)
         self.objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
-        # Nothing is added up, and nothing waits for the device, until the window ends. Copies, because a term may be a
-        # buffer that changes, and a captured graph writes its results to the same place each time.
-        if self._reported(batch, self.trainer.datamodule.batch_size):
-            self._open.append((len(batch.x), {name: value.detach().clone() for name, value in terms.items()}))
+        # Copies, because a term may be a buffer that changes, and a captured graph writes its results to the same place
+        # each time.
+        self.note(len(batch.x), {name: value.detach().clone() for name, value in terms.items()})
+        return terms["loss"]
+
+    def note(self, images: int, terms: dict[str, Tensor]) -> None:
+        """Count a step on so many images, and keep its terms, detached and 0-dim.
+
+        Nothing is added up, and nothing waits for the device, until the window ends.
+        """
+        if self._reported(images, self.trainer.datamodule.batch_size):
+            self._open.append((images, terms))
         self.steps += 1
         if self.steps % self.trainer.log_every_n_steps == 0:
             self._log_window()
-        return terms["loss"]
 
     def on_train_batch_end(self, *_: Any) -> None:
         if is_ending(self.trainer):
             self.trainer.check_val_every_n_epoch = self.trainer.val_check_batch = 1
 
-    def _reported(self, batch: Batch, whole: int) -> bool:
-        """Whether the terms of a batch enter a mean over batches that have `whole` images, but for the last."""
-        return len(batch.x) >= whole or not self.objective.of_whole_batches
+    def _reported(self, images: int, whole: int) -> bool:
+        """Whether the terms of so many images enter a mean over batches that have `whole`, but for the last."""
+        return images >= whole or not self.objective.of_whole_batches
 
     def _log_window(self) -> None:
         self._end_part()
@@ -198,7 +205,7 @@ class VAEModule(pl.LightningModule):
         else:
             noise = generator(batch.seed, "z", device=batch.x.device)
             terms = self.objective(self.vae, batch, noise, self.steps)
-        if self._reported(batch, self._whole):
+        if self._reported(len(batch.x), self._whole):
             self._terms.add(terms, weight=len(batch.x))
             self._whole = len(batch.x)
         return out

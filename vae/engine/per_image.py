@@ -22,6 +22,9 @@ class PerImage:
         self._values: dict[str, list[Tensor]] = {}
         self._digest = hashlib.blake2b(digest_size=16)
 
+    def __reduce__(self) -> tuple[type[PerImage], tuple[()]]:
+        return PerImage, ()  # a copy of a module begins anew: hashes cannot be copied with it
+
     def see(self, x: Tensor) -> None:
         """The next prepared images, (B, C, H, W) in [0, 1]; to 16 bits, since devices differ in the last bit of a float."""
         if not self.images:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from vae.cli import TRANSIENT, command
 from vae.data.images import Splits
 from vae.data.module import ImageDataModule
+from vae.engine import turns
 from vae.engine.build import build, build_data, run_length
 from vae.engine.callbacks.records import Reporter
 from vae.engine.checkpoints import choose_weights, load_weights, reached
@@ -120,7 +120,7 @@ def train(
         write_json(folder / "environment.json", environment())
         status = {"state": "running", "reason": None, "started": now(), "seconds": 0.0, "epochs": 0}
         write_json(folder / "status.json", status)
-        started, before = time.monotonic(), 0.0
+        started, before = turns.seconds(), 0.0
         try:
             if checkpoint:
                 steps, before = reached(checkpoint)
@@ -141,7 +141,7 @@ def train(
                 status["reason"] = "interrupted"
             raise error
         finally:
-            status["seconds"] = before + time.monotonic() - started
+            status["seconds"] = before + turns.seconds() - started
             # where not even this can be written, report what went wrong before
             with contextlib.suppress(VAEError) if status["state"] == "failed" else contextlib.nullcontext():
                 write_json(folder / "status.json", status)

@@ -13,7 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
 from vae.cli import TRANSIENT, command_line, resuming, sentences
-from vae.engine import launcher
+from vae.engine import launcher, packed_launcher
 from vae.engine.search import sweep_directions
 from vae.errors import VAEError
 
@@ -89,6 +89,7 @@ TIME_LIMITS = 100
 def use_launcher(config: DictConfig) -> None:
     """Let `hydra/launcher` mean this project's own of that name. Changes what it is given."""
     launcher.use()
+    packed_launcher.use()
     if str(config.hydra.runtime.choices["hydra/launcher"]).startswith("submitit"):
         from vae.engine import cluster  # only now: submitit is an extra
 

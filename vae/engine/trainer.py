@@ -17,14 +17,16 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from vae import ranks
+from vae.engine import turns
 from vae.engine.build import instantiate
 from vae.engine.callbacks.progress import Progress
 from vae.engine.callbacks.records import HyperParameters
 from vae.engine.checkpoints import CheckpointIO
 from vae.engine.devices import SeveralDevices
 from vae.engine.folder import settings, usable_cores
-from vae.engine.lean import Compile, NoProfiler, make_lean
+from vae.engine.lean import Compile, LeanLoop, NoProfiler, make_lean
 from vae.engine.loggers import LoggedRun, make_loggers
+from vae.engine.packing import PackedLoop
 from vae.errors import VAEError, choose, whole
 from vae.objectives.elbo import Objective
 
@@ -165,7 +167,7 @@ def build_trainer(
         stay_inside(folder, trainer)
     if several:  # Lightning's handler of SIGTERM calls the other ranks in the middle of whatever they do
         trainer._signal_connector.register_signal_handlers = lambda: None
-    return make_lean(trainer)
+    return make_lean(trainer, LeanLoop if turns.CURRENT is None else PackedLoop)
 
 
 def stay_inside(folder: Path, trainer: pl.Trainer) -> None:

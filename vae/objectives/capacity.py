@@ -27,6 +27,7 @@ class Capacity(SinglePass):
     with callbacks.checkpoint.mode=max chooses by the bound instead.
     """
 
+    unpackable = None
     of_whole_batches = True  # the mean distance from C is larger in a smaller batch
     capacity: Tensor
     gamma: Tensor
@@ -53,6 +54,7 @@ class FreeBits(SinglePass):
     rate that is only estimated, as under most priors, is one number: it takes groups=1, and other choices are refused.
     """
 
+    unpackable = None
     of_whole_batches = True  # so is the mean of the maximum
     free_nats: Tensor
 

@@ -39,6 +39,7 @@ class DIPVAEI(Objective):
     #: lambda_d over lambda_od where it is not given
     ratio = 10.0
     of_whole_batches = True
+    unpackable = None
 
     def __init__(
         self,

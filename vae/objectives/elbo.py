@@ -39,6 +39,10 @@ class Objective(nn.Module):
     #: Whether the mean of a term depends on how many images a batch has: one smaller than the others, the last of an
     #: epoch, is then left out of what is reported. The gradient is taken of every batch.
     of_whole_batches = False
+    #: Why runs that differ in numbers cannot be trained as one program (`hydra/launcher=packed`); None says that they can:
+    #: each number that is state is a buffer, no Python branch looks at the value of a tensor, no hook is put on one, and
+    #: every draw comes from `generator`, of a shape that no tensor's values decide.
+    unpackable: str | None = "it does not say that it can be packed, by unpackable = None"
 
     def __init__(self, beta: float = 1.0, schedule: nn.Module | None = None) -> None:
         super().__init__()
@@ -96,6 +100,8 @@ class SinglePass(Objective):
 
 class BetaVAE(SinglePass):
     """distortion + beta * rate: the negative ELBO at beta = 1 (Kingma & Welling 2014), Higgins et al. 2017 otherwise."""
+
+    unpackable = None
 
     def of_pass(self, out: VAEOutput, step: int) -> dict[str, Tensor]:
         weight = self.weight(step)

@@ -74,6 +74,10 @@ class MIWAE(Objective):
         choose("objective.estimator", estimator, ESTIMATORS)
         self.groups, self.samples, self.estimator = groups, samples, estimator
 
+    @property
+    def unpackable(self) -> str | None:  # type: ignore[override]
+        return "objective.estimator=dreg puts a hook on the codes" if self.estimator == "dreg" else None
+
     def bound(self, log_w: Tensor) -> Tensor:
         """What is maximised of each image, (M, K, B) -> (B,)."""
         return log_mean_exp(log_w, dim=1).mean(0)
@@ -181,6 +185,8 @@ class PIWAE(MIWAE):
 
     Rainforth et al. 2018, section 5. The loss is minus the former, which is also `iw_bound`.
     """
+
+    unpackable = "it takes a gradient of its own within each step"
 
     def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         beta = self.weight(step)

@@ -70,6 +70,7 @@ class M2(Objective):
 
     conditional = True
     latent_label = True
+    unpackable = "how many images of a batch have a label differs between runs"
 
     def __init__(
         self,

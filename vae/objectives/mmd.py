@@ -68,6 +68,7 @@ class InfoVAE(Objective):
     """
 
     of_whole_batches = True
+    unpackable = None
     alpha: Tensor
     lambda_mmd: Tensor
 

@@ -107,6 +107,7 @@ class BetaTCVAE(Objective):
     """
 
     of_whole_batches = True
+    unpackable = None
     alpha: Tensor
     gamma: Tensor
 
@@ -198,6 +199,7 @@ class FactorVAE(Objective):
 
     loss_moves = "the discriminator that judges the total correlation is another each epoch"
     of_whole_batches = True  # of few codes, permuted ones are hardly told from real ones
+    unpackable = "its discriminator has an optimiser's options of its own"
     gamma: Tensor
 
     def __init__(

@@ -42,6 +42,8 @@ class AdaGVAE(Objective):
     Needs data with factors and a diagonal Gaussian posterior.
     """
 
+    unpackable = None
+
     def __init__(self, changed_factors: int | str = 1, beta: float = 1.0, schedule: nn.Module | None = None) -> None:
         super().__init__(beta, schedule)
         self.changed_factors = changed_factors

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers.logger import Logger
 
+from vae.engine import turns
 from vae.files import write_text
 
 
@@ -96,11 +96,11 @@ class Stopwatch(Reporter):
         self._started: float | None = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._started = time.perf_counter()
+        self._started = turns.seconds()
 
     def _stop(self) -> None:
         if self._started is not None:
-            self.seconds.append(time.perf_counter() - self._started)
+            self.seconds.append(turns.seconds() - self._started)
             self._started = None
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

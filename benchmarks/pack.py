@@ -1,0 +1,181 @@
+"""Runs as one program against the same runs one after another: training steps and whole runs, start-up left out.
+
+`python benchmarks/pack.py [--quick]` prints both, and the operators of a step, as JSON. One thread. Steps are taken in turn, a
+block of one form and then of the other, and measured in CPU time, for others use the machine too; ratios are medians of pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pair import compose
+from torch.profiler import ProfilerActivity, profile
+
+from vae.engine.build import SHARED, build
+from vae.engine.packing import Pack
+from vae.engine.run import train
+from vae.engine.stack import Member, Stack
+from vae.engine.trainer import build_trainer, set_threads
+
+#: name -> (runs, overrides)
+SETS = {
+    "15 runs of the digits MLP, 64-400-16, batch 64": (15, ["data=digits", "model.latent_dim=16"]),
+    "16 runs of 784-400-20, batch 128": (16, ["data=mnist", "model.latent_dim=20", "data.limit=3840"]),
+}
+PLAIN = ["trainer.accelerator=cpu", "threads=1"]
+
+
+def configs_of(runs: int, overrides: list[str], *more: str) -> list[Any]:
+    """Runs that differ in beta and seed."""
+    return [
+        compose(*overrides, *PLAIN, *more, f"objective.beta={0.25 * 2 ** (n % 5)}", f"seed={n // 5}")
+        for n in range(runs)
+    ]
+
+
+class Ended(Exception):
+    """Enough steps were taken."""
+
+
+def blocks_of(config: Any, steps: int) -> Callable[[], float]:
+    """The project's own training of one run, by its Trainer: each call goes on for so many steps; returns their seconds."""
+    import pytorch_lightning as pl
+    from greenlet import getcurrent, greenlet
+
+    class Pausing(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            if module.steps % steps == 0:
+                getcurrent().parent.switch()
+
+    def fit() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            data, module = build(config)
+            trainer = build_trainer(config, Path(folder))
+            trainer.limit_val_batches = 0
+            trainer.callbacks.append(Pausing())
+            trainer.fit(module, data)
+
+    run = greenlet(fit)
+
+    def block() -> float:
+        start = time.process_time()
+        run.switch()
+        return time.process_time() - start
+
+    block()  # builds it all
+    return block
+
+
+def stack_blocks(configs: list[Any], steps: int) -> tuple[Stack, Callable[[], float]]:
+    members, loaders = [], []
+    for config in configs:
+        data, module = build(config)
+        module.train()
+        members.append(Member(module.vae, module.objective, module.configure_optimizers(), data))
+        loaders.append(_endless(data.train_dataloader()))
+    stack, taken = Stack(members), 0
+
+    def block() -> float:
+        nonlocal taken
+        start = time.process_time()
+        blocks = [[next(loader) for loader in loaders] for _ in range(steps)]
+        stack.train(blocks, taken)
+        taken += steps
+        return time.process_time() - start
+
+    block()
+    return stack, block
+
+
+def _endless(loader: Any) -> Any:
+    epoch = 0
+    while True:
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            if len(batch.x) == loader.sampler.batch_size:
+                yield batch
+        epoch += 1
+
+
+def steps_in_turn(runs: int, overrides: list[str], steps: int, repetitions: int) -> dict[str, float]:
+    configs = configs_of(runs, overrides, "trainer.max_epochs=100000", "logger=none", "callbacks=minimal")
+    each = [blocks_of(config, steps) for config in configs]
+    _, together = stack_blocks(configs, steps)
+    pairs = [(sum(block() for block in each), together()) for _ in range(repetitions)]
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "one_after_another_ms": 1e3 * statistics.median(a for a, _ in pairs) / steps / runs,
+        "packed_ms": 1e3 * statistics.median(b for _, b in pairs) / steps / runs,
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "repetitions": repetitions,
+    }
+
+
+def whole_runs(runs: int, overrides: list[str], epochs: int) -> dict[str, float]:
+    """Seconds of complete runs, with validation, checkpoints, events and the test; pictures left out."""
+    more = [f"trainer.max_epochs={epochs}", "callbacks=minimal", "evaluation.nll_samples=0"]
+    found = {}
+    for form in ("one_after_another", "packed"):
+        configs = configs_of(runs, overrides, *more)
+        shared = SHARED.set({})
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = [
+                functools.partial(train, c, Path(folder) / str(n), [], progress_bar=False)
+                for n, c in enumerate(configs)
+            ]
+            start = time.process_time()
+            Pack([str(n) for n in range(runs)]).run(jobs) if form == "packed" else [job() for job in jobs]
+            found[f"{form}_s"] = time.process_time() - start
+        SHARED.reset(shared)
+    return {**found, "ratio": found["one_after_another_s"] / found["packed_s"]}
+
+
+def operators(overrides: list[str], runs: int) -> int:
+    """Operators of a packed step, those of drawing and of gathering a run's batch left out."""
+    stack, _ = stack_blocks(configs_of(runs, overrides), 1)
+    return operators_of(stack)
+
+
+def operators_of(stack: Stack) -> int:
+    batches = []
+    for member in stack.members:
+        batches.append(next(iter(member.data.train_dataloader())))
+    batch, plan = stack._together(batches), stack._plan(batches, 0)
+    noise = stack._drawn(plan, [b.seed for b in batches])
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        _, gradients = stack._gradients(batch, noise, 0, observe=True)
+        stack.optimizer.step(gradients)
+    return sum(event.name.startswith("aten::") for event in seen.events())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    set_threads(1)
+    torch.set_flush_denormal(True)
+    found: dict[str, Any] = {}
+    for name, (runs, overrides) in SETS.items():
+        if options.only not in name:
+            continue
+        steps, repetitions = (5, 5) if options.quick else (20, 9)
+        found[name] = {"steps": steps_in_turn(runs, overrides, steps, repetitions)}
+        found[name]["operators"] = {str(n): operators(overrides, n) for n in (2, runs)}
+        if not options.quick:
+            found[name]["whole runs"] = whole_runs(runs, overrides, 5)
+        print(json.dumps({name: found[name]}, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Packed runs end as they would alone: folders, numbers and pictures; what cannot be packed is said and trained by itself."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import itertools
+import json
+import logging
+
+import pytest
+import torch
+from commands import run as command
+
+from vae.engine import packing, turns
+from vae.engine.packing import Pack
+from vae.engine.run import train
+from vae.engine.stack import Stack
+from vae.errors import VAEError
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def run(config, folder, **options):
+    try:
+        return train(config, folder, [], progress_bar=False, **options)
+    except VAEError as error:
+        return str(error)
+
+
+def packed(configs, folder, **options):
+    jobs = [functools.partial(run, config, folder / str(n), **options) for n, config in enumerate(configs)]
+    return Pack([f"run {n}" for n in range(len(jobs))]).run(jobs)
+
+
+def alone(configs, folder, **options):
+    return [run(config, folder / str(n), **options) for n, config in enumerate(configs)]
+
+
+def numbers(folder):
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    return [{name: float(value) for name, value in row.items() if value} for row in rows]
+
+
+def assert_alike(one, other, within=1e-9):
+    """The folders of two runs hold the same, to within rounding."""
+    names = [{str(path.relative_to(f)) for path in f.rglob("*") if "tfevents" not in path.name} for f in (one, other)]
+    assert names[0] == names[1]
+    assert len(list(one.glob("*tfevents*"))) == len(list(other.glob("*tfevents*")))
+    found = [
+        {k: v for k, v in json.loads((f / "metrics.json").read_text()).items() if "seconds" not in k}
+        for f in (one, other)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=within, abs=within)
+    for a, b in zip(numbers(one), numbers(other), strict=True):
+        assert a == pytest.approx(b, rel=within, abs=within)
+    for name in ("best", "last"):
+        assert_same_checkpoint(
+            *(torch.load(f / "checkpoints" / f"{name}.ckpt", weights_only=True) for f in (one, other)), within
+        )
+
+
+def assert_same_checkpoint(a, b, within, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key not in ("seconds", "_saved"):
+                assert_same_checkpoint(a[key], b[key], within, f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_checkpoint(x, y, within, f"{path}.{number}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        torch.testing.assert_close(a, b, rtol=within, atol=within, equal_nan=True, msg=path)
+        if not path.startswith(".open"):  # terms of neighbouring steps are kept together
+            assert a.untyped_storage().nbytes() == b.untyped_storage().nbytes(), path
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, rel=within, abs=within, nan_ok=True), path
+    else:
+        assert a == b, path
+
+
+WHOLE = [
+    "logger=[tensorboard,csv]",
+    "data.limit=50",
+    "data.batch_size=16",
+    "data.binarize=dynamic",
+    "objective/schedule=linear",
+    "objective.schedule.steps=12",
+    "lr_schedule=cosine",
+    "trainer.max_epochs=5",
+    "trainer.log_every_n_steps=3",
+    "trainer.check_val_every_n_epoch=2",
+    "callbacks.interruptible.every_n_steps=5",
+]
+
+
+@pytest.mark.slow
+def test_packed_runs_leave_what_they_leave_alone(tiny, tmp_path, float64, caplog):
+    differ = (["seed=1"], ["seed=2", "objective.beta=3"], ["optimizer.lr=5e-3", "objective.schedule.steps=6"])
+    configs = [tiny(*WHOLE, "callbacks=default", "callbacks.pictures.every_n_epochs=4", *more) for more in differ]
+    with caplog.at_level(logging.INFO, "vae.engine.packing"):
+        together = packed(configs, tmp_path / "packed")
+    assert [record.message for record in caplog.records] == ["Packed: 3 runs are trained as one program."]
+    for number, (ours, theirs) in enumerate(zip(together, alone(configs, tmp_path / "alone"), strict=True)):
+        assert ours["test/elbo"] == pytest.approx(theirs["test/elbo"], rel=1e-9)
+        assert_alike(*(tmp_path / name / str(number) for name in ("packed", "alone")))
+
+
+def test_a_run_that_diverges_is_recorded_and_the_others_do_not_notice(tiny, tmp_path, float64):
+    configs = [tiny(*WHOLE, f"seed={n}", f"optimizer.lr={lr}") for n, lr in enumerate((1e-3, 1e200, 2e-3))]
+    together, apart = packed(configs, tmp_path / "packed"), alone(configs, tmp_path / "alone")
+    assert together[1] == apart[1]
+    assert "stopped being finite at step" in together[1]
+    status = [json.loads((tmp_path / name / "1" / "status.json").read_text()) for name in ("packed", "alone")]
+    assert status[0]["state"] == status[1]["state"] == "failed"
+    assert status[0]["reason"] == status[1]["reason"]
+    for number in (0, 2):
+        assert_alike(*(tmp_path / name / str(number) for name in ("packed", "alone")))
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_early_leaves_and_the_others_go_on(tiny, tmp_path, float64):
+    stopping = ["callbacks=early_stopping", "callbacks.pictures=null", "callbacks.early_stopping.patience=1"]
+    configs = [tiny(*WHOLE[:-2], *stopping, "trainer.max_epochs=8", f"optimizer.lr={lr}") for lr in (1e-3, 0.3, 1.0)]
+    together, apart = packed(configs, tmp_path / "packed"), alone(configs, tmp_path / "alone")
+    steps = [torch.load(tmp_path / "packed" / str(n) / "checkpoints" / "last.ckpt")["steps"] for n in range(3)]
+    assert len(set(steps)) > 1
+    assert together[0]["test/elbo"] == pytest.approx(apart[0]["test/elbo"], rel=1e-9)
+    for number in range(3):
+        assert_alike(*(tmp_path / name / str(number) for name in ("packed", "alone")), within=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [5, 11])
+def test_packed_runs_that_were_killed_go_on_as_if_they_had_not_been(tiny, tmp_path, float64, monkeypatch, at):
+    configs = [tiny(*WHOLE, f"seed={seed}") for seed in range(2)]
+
+    class Killed(BaseException):
+        pass
+
+    train_on = Stack.train
+
+    def killed(self, blocks, step):
+        if step + len(blocks) > at:
+            raise Killed
+        return train_on(self, blocks, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stack, "train", killed)
+        with pytest.raises(Killed):
+            packed(configs, tmp_path / "packed")
+    assert json.loads((tmp_path / "packed" / "0" / "status.json").read_text())["state"] == "failed"
+    packed(configs, tmp_path / "packed", resume=True)
+    alone(configs, tmp_path / "alone")
+    for number in range(2):
+        ours, theirs = tmp_path / "packed" / str(number), tmp_path / "alone" / str(number)
+        assert numbers(ours) == [pytest.approx(row, rel=1e-9) for row in numbers(theirs)]
+        a, b = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (ours, theirs))
+        assert a["steps"] == b["steps"] == 20
+        assert_same_checkpoint(a["state_dict"], b["state_dict"], 1e-10)
+        assert_same_checkpoint(a["optimizer_states"], b["optimizer_states"], 1e-10)
+
+
+# --- what cannot be packed --------------------------------------------------------------------------------------------
+
+
+def said(configs, folder, caplog):
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "vae.engine.packing"):
+        results = packed(configs, folder)
+    assert all("test/elbo" in result for result in results)
+    return [record.message for record in caplog.records if record.name == "vae.engine.packing"]
+
+
+OWN = {
+    "DrawsGlobally": "its objective or its networks draw from the global generator",
+    "LooksAtValues": "a Python branch of the model or the objective looks at the value of a tensor",
+    "DrawsBySeed": "the objective draws by the batch's seed",
+    "HidesNumbers": "the loss of a run in the pack is not that of the run alone",
+    "HooksTheLoss": "the gradient of a run in the pack is not that of the run alone",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("DrawsGlobally", "HidesNumbers", "HooksTheLoss") else pytest.mark.slow)
+        for name in OWN
+    ],
+)
+def test_an_objective_that_cannot_be_packed_is_found_out_and_trained_as_ever(tiny, tmp_path, caplog, name):
+    varied = [f"++objective.factor={f}" if name == "HidesNumbers" else f"objective.beta={f}" for f in (1.0, 2.0)]
+    configs = [tiny("logger=none", f"objective._target_=own_objectives.{name}", more) for more in varied]
+    messages = said(configs, tmp_path / "packed", caplog)
+    assert len(messages) == 1
+    assert messages[0].startswith("Not packed: 2 runs are trained by themselves (run 0, run 1): ")
+    assert OWN[name] in messages[0]
+    if name != "DrawsGlobally":
+        alone(configs, tmp_path / "alone")
+        for number in ("0", "1"):
+            a, b = (torch.load(tmp_path / f / number / "checkpoints" / "last.ckpt") for f in ("packed", "alone"))
+            assert_same_checkpoint(a["state_dict"], b["state_dict"], 0.0)
+
+
+def test_runs_of_other_structures_make_groups_and_the_sweep_says_which_are_alone(tiny, tmp_path, caplog):
+    factor = ["objective=factor_vae", "objective.hidden=[8]"]
+    accumulating = ["+trainer.accumulate_grad_batches=2"]
+    differ = [
+        [],
+        ["seed=1"],
+        ["model.latent_dim=2"],
+        ["model.latent_dim=2", "seed=5"],
+        ["data.batch_size=16"],
+        factor,
+        [*factor, "seed=1"],
+        accumulating,
+    ]
+    messages = said([tiny("logger=none", *more) for more in differ], tmp_path, caplog)
+    assert messages[3:] == ["Packed: 2 runs are trained as one program."] * 2
+    assert messages[:3] == [
+        "Not packed: 1 run is trained by itself (run 4): no other run of the sweep has its structure.",
+        "Not packed: 2 runs are trained by themselves (run 5, run 6): FactorVAE: its discriminator has an optimiser's options "
+        "of its own.",
+        "Not packed: 1 run is trained by itself (run 7): something in its trainer asks for Lightning's own loop.",
+    ]
+
+
+def test_an_objective_that_does_not_say_so_is_not_packed(tiny, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("vae.objectives.elbo.BetaVAE.unpackable", "it does not say so")
+    messages = said([tiny("logger=none", f"seed={n}") for n in range(2)], tmp_path, caplog)
+    assert messages == ["Not packed: 2 runs are trained by themselves (run 0, run 1): BetaVAE: it does not say so."]
+
+
+def test_a_pack_is_as_large_as_the_memory_holds(tiny, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(packing, "bytes_of_run", lambda member, batch: 10)
+    monkeypatch.setattr(packing, "free_bytes", lambda member: 25)
+    configs = [tiny("logger=none", f"seed={n}") for n in range(4)]
+    messages = said(configs, tmp_path, caplog)
+    assert "Packed: 2 of 4 runs at a time, which is what the memory holds." in messages
+
+
+# --- turns ------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_take_turns_and_each_finds_what_it_left_around_it(monkeypatch):
+    around = {"now": "outside"}
+
+    def swap(own):
+        there = around["now"]
+        if own is not None:
+            around["now"] = own
+        return there
+
+    seen = []
+
+    def job(name):
+        around["now"] = name
+        answer = turns.CURRENT.ask(f"question of {name}")
+        seen.append((name, around["now"], answer))
+        return 2 * answer
+
+    seats = [turns.Seat(functools.partial(job, name), swap) for name in ("a", "b")]
+    assert [seat.resume() for seat in seats] == [True, True]
+    assert [seat.request for seat in seats] == ["question of a", "question of b"]
+    assert around["now"] == "outside"
+    assert [seat.resume(answer) for seat, answer in zip(seats, (1, 2), strict=True)] == [False, False]
+    assert seen == [("a", "a", 1), ("b", "b", 2)]
+    assert [seat.result for seat in seats] == [2, 4]
+    assert turns.CURRENT is None
+
+
+def test_a_jobs_clock_stands_still_while_others_take_their_turns(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(turns.time, "monotonic", lambda: float(next(clock)))
+    read = []
+
+    def job():
+        start = turns.seconds()
+        turns.CURRENT.ask("x")
+        read.append(turns.seconds() - start)
+
+    seats = [turns.Seat(job) for _ in range(3)]
+    for seat in [*seats, *seats]:
+        seat.resume()
+    assert max(read) < 6  # of more than 18 ticks
+    assert turns.seconds() >= 18
+
+
+def test_an_interruption_ends_every_run_and_is_recorded_in_each(tiny, tmp_path, monkeypatch):
+    def interrupted(self, blocks, step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stack, "train", interrupted)
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            packed([tiny("logger=none", f"seed={n}") for n in range(2)], tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for number in ("0", "1"):
+        status = json.loads((tmp_path / number / "status.json").read_text())
+        assert (status["state"], status["reason"]) == ("failed", "interrupted")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+SMALL = ["data.limit=64", "data.batch_size=32", "trainer.max_epochs=2", "evaluation.nll_samples=5", "callbacks=minimal"]
+SMALL += ["network.hidden=[16]", "model.latent_dim=3", "trainer.accelerator=cpu"]
+
+
+@pytest.mark.slow
+def test_a_packed_sweep_has_its_report_each_run_its_log_and_one_that_fails_is_told(tmp_path):
+    sweep = ["objective.beta=0.5,2", "optimizer.lr=1e-3,1e30", "run=sweep", "hydra/launcher=packed", *SMALL]
+    done = command("vae.train", "-m", *sweep, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Packed: 4 runs are trained as one program." in done.stdout
+    folders = sorted(path.parent for path in tmp_path.glob("sweep/*/status.json"))
+    assert len(folders) == 4
+    for folder in folders:
+        state = json.loads((folder / "status.json").read_text())["state"]
+        assert state == ("failed" if "1e+30" in folder.name or "1e30" in folder.name else "finished")
+        log = (folder / "train.log").read_text()
+        assert folder.name in log
+        assert log.count("objective.beta") == 1
+    again = command("vae.train", "-m", *sweep, "resume=true", cwd=tmp_path)
+    assert again.returncode == 1
+
+
+@pytest.mark.slow
+def test_convolutions_on_a_cpu_are_left_to_joblib_and_the_rest_is_packed(tmp_path):
+    small = [option for option in SMALL if "hidden" not in option]
+    sweep = ["network=mlp,conv", "seed=0,1", "run=sweep", "hydra/launcher=packed", "hydra.launcher.n_jobs=2", *small]
+    done = command("vae.train", "-m", *sweep, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Not packed: 2 runs have convolutions, which gain nothing from it on a CPU" in done.stdout
+    assert "Packed: 2 runs are trained as one program." in done.stdout
+    assert len(list(tmp_path.glob("sweep/*/metrics.json"))) == 4

@@ -1,0 +1,325 @@
+"""Many runs as one program: step by step the same numbers as each run alone, and the same draws."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from vae.cli import CONFIGS
+from vae.engine import batched
+from vae.engine.build import build
+from vae.engine.draws import Unpackable
+from vae.engine.stack import Member, Stack
+from vae.engine.structure import signature
+from vae.engine.working_memory import bytes_of_run, free_bytes
+from vae.seeding import generator
+
+#: Of each objective that says it can be packed: what two runs differ in.
+OBJECTIVES = {
+    "beta_vae": (["objective.beta=0.5"], ["objective.beta=4"]),
+    "beta_vae,objective/schedule=linear": (["objective.schedule.steps=30"], ["objective.schedule.steps=90"]),
+    "beta_vae,objective/schedule=cyclical": (["objective.schedule.steps=50"], ["objective.schedule.ramp=0.3"]),
+    "beta_vae,objective/schedule=control": (["objective.schedule.target=3"], ["objective.schedule.target=9"]),
+    "beta_vae,objective/schedule=geco": (["objective.schedule.target=20"], ["objective.schedule.target=40"]),
+    "capacity": (["objective.capacity=2"], ["objective.gamma=30"]),
+    "free_bits": (["objective.free_nats=0.1"], ["objective.free_nats=1"]),
+    "free_bits,objective.groups=1": (["objective.free_nats=0.1"], ["objective.beta=2"]),
+    "dip_vae_i": (["objective.lambda_od=1"], ["objective.lambda_d=50"]),
+    "dip_vae_ii": (["objective.lambda_od=1"], ["objective.beta=3"]),
+    "info_vae": (["objective.alpha=0.2"], ["objective.lambda_mmd=20"]),
+    "mmd_vae": (["objective.lambda_mmd=10"], ["objective.lambda_mmd=100"]),
+    "wae_mmd": (["objective.lambda_mmd=1"], ["objective.lambda_mmd=30"]),
+    "tcvae": (["objective.beta=2"], ["objective.alpha=3"]),
+    "iwae,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
+    "sticking_the_landing,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
+    "miwae,objective.groups=2,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
+    "ciwae,objective.samples=3": (["objective.mix=0.1"], ["objective.mix=0.6"]),
+    "cvae": (["objective.beta=0.5"], ["objective.beta=4"]),
+    "ada_gvae,data=sprites,++data.source.size=16": (["objective.beta=0.5"], ["objective.beta=4"]),
+}
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def made(config, **options):
+    data, module = build(config)
+    module.train()
+    optimizer = module.configure_optimizers()
+    return Member(module.vae, module.objective, optimizer, data, **options), data.train_dataloader()
+
+
+def batches_of(loader, steps):
+    found = []
+    for epoch in itertools.count():
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
+            if len(found) == steps:
+                return found
+            found.append(batch)
+
+
+def alone(member, loader, steps):
+    """The terms of each step, as VAEModule and Lightning take them."""
+    found = []
+    for step, batch in enumerate(batches_of(loader, steps)):
+        prepared = member.data.prepare(batch, training=True)
+        noise = generator(batch.seed, "z")
+        terms = member.objective(member.vae, prepared, noise, step)
+        member.objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
+        member.optimizer.zero_grad()
+        terms["loss"].backward()
+        if member.clip is not None:
+            kind, most = member.clip
+            clip = torch.nn.utils.clip_grad_norm_ if kind == "norm" else torch.nn.utils.clip_grad_value_
+            clip(member.both.parameters(), most)
+        member.optimizer.step()
+        found.append({name: value.detach().clone() for name, value in terms.items()})
+    return found
+
+
+def packed(members, loaders, steps, at_once=7):
+    stack, found = Stack(members), []
+    blocks = list(zip(*(batches_of(loader, steps) for loader in loaders), strict=True))
+    while len(found) < steps:
+        found += stack.train(blocks[len(found) : len(found) + at_once], len(found))
+    return found
+
+
+def assert_equal(configs, steps, within, **options):
+    ours = [made(config, **options) for config in configs]
+    theirs = [made(config, **options) for config in configs]
+    assert len({signature(member) for member, _ in ours}) == 1
+    together = packed([member for member, _ in ours], [loader for _, loader in ours], steps)
+    for run, ((one, _), (other, loader)) in enumerate(zip(ours, theirs, strict=True)):
+        by_itself = alone(other, loader, steps)
+        for step, terms in enumerate(by_itself):
+            assert terms.keys() == together[step].keys()
+            for name, value in terms.items():
+                torch.testing.assert_close(
+                    together[step][name][run], value, rtol=within, atol=within, msg=f"{name} {step}"
+                )
+        for (name, a), (_, b) in zip(one.both.state_dict().items(), other.both.state_dict().items(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=within, msg=name)
+        for a, b in zip(one.both.parameters(), other.both.parameters(), strict=True):
+            states = one.optimizer.state[a], other.optimizer.state[b]
+            assert states[0].keys() == states[1].keys()
+            for name, value in states[1].items():
+                torch.testing.assert_close(states[0][name], value, rtol=0, atol=within, check_dtype=True, msg=name)
+
+
+def configs_of(tiny, objective, *common):
+    name, *more = objective.split(",")
+    differ = OBJECTIVES.get(objective, ([], []))
+    return [
+        tiny(f"objective={name}", *more, *common, f"seed={seed}", f"optimizer.lr={lr}", *varied)
+        for seed, lr, varied in zip((3, 8), (1e-3, 3e-3), differ, strict=True)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_in_a_stack_is_the_run_alone(tiny, float64, objective):
+    assert_equal(configs_of(tiny, objective, "data.limit=48", "data.batch_size=20"), 100, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "objective", [name for name in OBJECTIVES if "=" not in name or "geco" in name or "miwae" in name]
+)
+def test_a_run_in_a_stack_begins_as_the_run_alone(tiny, float64, objective):
+    assert_equal(configs_of(tiny, objective, "data.limit=48", "data.batch_size=20"), 4, 1e-12)
+
+
+def test_every_objective_is_tried_here_or_says_why_it_cannot_be_packed(tiny):
+    tried = {name.partition(",")[0] for name in OBJECTIVES}
+    for name in sorted(path.stem for path in (Path(CONFIGS) / "objective").glob("*.yaml")):
+        config = tiny(f"objective={name}").objective
+        needed = {key: 2 for key in ("groups", "samples") if OmegaConf.is_missing(config, key)}
+        objective = instantiate(config, **needed)
+        assert (name in tried) == (objective.unpackable is None), name
+
+
+PARTS = [
+    ["prior=realnvp"],
+    ["prior=two_layer", "posterior=two_layer"],
+    ["posterior=iaf"],
+    ["posterior=planar"],
+    ["network=linear"],
+    ["network=gated_mlp", "network.hidden=[16]"],
+    ["network=burda"],
+    ["network=made"],
+    ["network=conv"],
+    ["likelihood=continuous_bernoulli"],
+    ["likelihood=gaussian_learned"],
+    ["likelihood=gaussian_optimal"],
+    ["likelihood=gaussian_per_pixel"],
+    ["likelihood=discretized_logistic"],
+    ["likelihood=discretized_logistic_mixture"],
+    ["data.binarize=dynamic"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", PARTS, ids=",".join)
+def test_so_it_is_with_every_part_of_a_model(tiny, float64, parts):
+    assert_equal(configs_of(tiny, "beta_vae", "data.limit=48", "data.batch_size=20", *parts), 30, 1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lowers", [True, False])
+def test_dense_layers_of_a_stack_have_the_values_and_gradients_of_each_by_itself(float64, monkeypatch, lowers, bias):
+    monkeypatch.setattr(batched, "LOWERS", lowers)
+    noise = generator("layers")
+    x, weight = (torch.randn(shape, generator=noise, requires_grad=True) for shape in ((3, 2, 5, 4), (3, 6, 4)))
+    b = torch.randn(3, 6, generator=noise, requires_grad=True) if bias else None
+    target = torch.rand(3, 2, 5, 6, generator=noise)
+
+    def of_one(x, weight, b, target):
+        logits = F.linear(x, weight, b)
+        once = F.linear(x[0, 0], weight, b).sum()  # a vector
+        return once + F.binary_cross_entropy_with_logits(logits, target, reduction="none").square().sum()
+
+    inputs = [t for t in (x, weight, b) if t is not None]
+    dims = (0, 0, 0 if bias else None, 0)
+    with batched.Batched():
+        ours = torch.vmap(of_one, dims)(x, weight, b, target)
+    theirs = torch.stack([of_one(x[k], weight[k], None if b is None else b[k], target[k]) for k in range(3)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+    pairs = zip(torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(theirs.sum(), inputs), strict=True)
+    for a, c in pairs:
+        torch.testing.assert_close(a, c, rtol=1e-13, atol=1e-13)
+        assert a.is_contiguous()
+
+
+def operators(runs, tiny):
+    made_of = [made(tiny("objective.beta=0.5", f"seed={n}", f"optimizer.lr={1e-3 * (1 + n)}")) for n in range(runs)]
+    stack = Stack([member for member, _ in made_of])
+    blocks = [[next(iter(loader)) for _, loader in made_of]]
+    stack.train(blocks, 0)
+    batch, noise = stack._together(blocks[0]), stack._drawn(stack._plan(blocks[0], 1), range(runs))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        _, gradients = stack._gradients(batch, noise, 1, observe=True)
+        stack.optimizer.step(gradients)
+    return sum(event.name.startswith("aten::") for event in seen.events())
+
+
+def test_the_operators_of_a_step_do_not_grow_with_the_runs(tiny):
+    few, many = operators(2, tiny), operators(9, tiny)
+    assert few == many < 700
+
+
+def test_runs_in_a_stack_draw_what_they_draw_alone(tiny):
+    configs = [tiny("objective=info_vae", "data.binarize=dynamic", f"seed={n}") for n in (1, 2)]
+    pairs = [made(config) for config in configs]
+    stack = Stack([member for member, _ in pairs])
+    batches = [next(iter(loader)) for _, loader in pairs]
+    drawn = stack._drawn(stack._plan(batches, 0), [batch.seed for batch in batches])
+    assert [tuple(draw.shape) for draw in drawn] == [(2, 32, 3), (2, 32, 3)]  # of q(z|x), then of the prior
+    prepared = stack._together(batches)
+    for run, (member, batch) in enumerate(zip(stack.members, batches, strict=True)):
+        noise = generator(batch.seed, "z")
+        for draw in drawn:
+            assert torch.equal(draw[run], torch.randn(32, 3, generator=noise))
+        assert torch.equal(prepared.x[run], member.data.prepare(batch, training=True).x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["beta_vae", "tcvae"])
+def test_in_float32_a_run_in_a_stack_is_as_near_as_another_adam(tiny, objective):
+    """The distance to the run alone, against that of the same run by an Adam that is not fused."""
+    config = tiny(f"objective={objective}", "data.limit=48", "data.batch_size=16")
+    ours, (plain, loader) = made(config), made(config)
+    other, _ = made(tiny(f"objective={objective}", "data.limit=48", "data.batch_size=16", "optimizer.fused=false"))
+    packed([ours[0], made(config)[0]], [ours[1], ours[1]], 100)
+    alone(plain, loader, 100)
+    alone(other, loader, 100)
+
+    def distance(member):
+        pairs = zip(member.both.parameters(), plain.both.parameters(), strict=True)
+        return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+    assert distance(ours[0]) < 10 * max(distance(other), 1e-6)
+
+
+def test_a_stack_that_cannot_go_on_keeps_what_was_done_and_says_why(tiny):
+    pairs = [made(tiny("logger=none", f"seed={n}")) for n in (1, 2)]
+    stack = Stack([member for member, _ in pairs])
+    blocks = list(zip(*(batches_of(loader, 4) for _, loader in pairs), strict=True))
+
+    def failing(batches, step, own=stack._step):
+        if step == 2:
+            raise Unpackable("enough")
+        return own(batches, step)
+
+    stack._step = failing
+    assert len(stack.train(blocks, 0)) == 2
+    assert float(stack.members[1].optimizer.state[next(stack.members[1].both.parameters())]["step"]) == 2
+    with pytest.raises(Unpackable, match="enough"):
+        stack.train(blocks, 2)
+
+
+def test_what_is_seen_alike_is_one_structure_and_what_is_not_is_another(tiny):
+    def of(*overrides):
+        return signature(made(tiny(*overrides))[0])
+
+    same = ["seed=5", "objective.beta=9", "optimizer.lr=0.5", "optimizer.weight_decay=0.1"]
+    assert len({of(override) for override in ["seed=0", *same]}) == 1
+    other = ["optimizer.betas=[0.5,0.9]", "optimizer=sgd", "network.activation=tanh", "likelihood=continuous_bernoulli"]
+    other += [
+        "data.binarize=dynamic",
+        "data.batch_size=16",
+        "data.limit=48",
+        "objective=free_bits",
+        "model.latent_dim=2",
+    ]
+    assert len({of(override) for override in ["seed=0", *other]}) == 1 + len(other)
+    assert of("objective=iwae", "objective.samples=2") != of("objective=iwae", "objective.samples=3")
+
+
+OPTIMIZERS = {
+    "adam": ["optimizer=adam"],
+    "adam, not fused": ["optimizer.fused=false"],
+    "adam with decay": ["optimizer.weight_decay=0.1"],
+    "adamw": ["optimizer=adamw"],
+    "adam, amsgrad": ["+optimizer.amsgrad=true"],
+    "sgd": ["optimizer=sgd"],
+    "adagrad": ["optimizer=adagrad"],
+}
+
+
+@pytest.mark.parametrize("same_rate", [False, True])
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(name, marks=[] if name in ("adam", "adamw", "sgd") else pytest.mark.slow) for name in OPTIMIZERS],
+)
+def test_an_optimiser_over_the_stack_takes_each_runs_own_step(tiny, float64, optimizer, same_rate):
+    rates = ["optimizer.lr=0.01"] * 2 if same_rate else ["optimizer.lr=0.002", "optimizer.lr=0.01"]
+    small = ["data.limit=48", "data.batch_size=20", *OPTIMIZERS[optimizer]]
+    assert_equal([tiny(*small, rate, f"seed={seed}") for seed, rate in enumerate(rates)], 12, 1e-12)
+
+
+@pytest.mark.parametrize("clip", [("norm", 5.0), ("value", 0.05)])
+def test_each_run_is_clipped_by_its_own_gradient(tiny, float64, clip):
+    configs = [tiny("data.limit=40", "data.batch_size=20", f"objective.beta={beta}") for beta in (1, 500)]
+    assert_equal(configs, 10, 1e-12, clip=clip)
+
+
+def test_what_a_step_of_a_run_holds_is_estimated_from_its_own(tiny):
+    member, loader = made(tiny("data.batch_size=32"))
+    small, batch = bytes_of_run(member, next(iter(loader))), next(iter(loader))
+    weights = 4 * sum(p.numel() for p in member.both.parameters())
+    assert small > 4 * weights + 2 * 4 * 32 * 64  # the logits at least
+    member, loader = made(tiny("data.batch_size=64"))
+    assert bytes_of_run(member, next(iter(loader))) - 4 * weights == pytest.approx(2 * (small - 4 * weights), rel=0.05)
+    assert free_bytes(member) > 10 * small
+    assert len(batch.x) == 32
