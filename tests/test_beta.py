@@ -202,6 +202,7 @@ def mnist_eigenvalues(data_dir: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["geco", "control_vae", "adaptive_kl"])
+@pytest.mark.slow
 def test_controller_settles_on_the_published_point_of_mnist(mnist_eigenvalues, name):
     rate, squared_error = 45.109, 13.6441  # at beta s = 0.1, with 69 active directions
     model = LinearGaussianVAE(mnist_eigenvalues)

@@ -26,6 +26,7 @@ from vae.cli import CONFIGS
         ["experiment=rate_control", "trainer.max_epochs=3", "model.latent_dim=2"],
     ],
 )
+@pytest.mark.slow
 def test_a_config_composed_in_two_steps_is_hydras(overrides):
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         whole = compose("train", overrides)

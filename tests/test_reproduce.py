@@ -322,6 +322,7 @@ def test_a_run_is_trained_once_and_is_the_same_however_many_are_side_by_side(tmp
     }
 
 
+@pytest.mark.slow
 def test_a_run_of_an_experiment_is_of_one_config_from_its_start(tmp_path):
     """Where another command would go on for longer, or leave a finished run unmeasured, a published number must not."""
     tiny = ["data.limit=64", "data.batch_size=32", "lr_schedule=cosine", "threads=1", "trainer.accelerator=cpu"]

@@ -37,6 +37,7 @@ def trials(folder):
     return [(trial.state.name, trial.params, trial.values) for trial in load_study(folder / STUDY).get_trials()]
 
 
+@pytest.mark.slow
 def test_a_search_is_reported_and_not_taken_for_another(tmp_path):
     done = run("vae.train", *SEARCH, *SPACE, "hydra.sweeper.n_trials=2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -143,6 +143,7 @@ def test_data_of_fewer_images_than_a_batch_are_encoded(finished, tmp_path):
 
 
 @pytest.mark.parametrize("module", ["vae.generate", "vae.encode", "vae.export", "vae.evaluate"])
+@pytest.mark.slow
 def test_a_file_or_folder_that_is_not_named_is_asked_for(finished, tmp_path, module):
     from commands import run as command
 

@@ -274,6 +274,7 @@ def test_the_best_loss_that_an_earlier_version_stored_is_what_the_next_is_compar
 
 @pytest.mark.parametrize("kill", ["before it is asked", "once it has stopped the run"])
 @pytest.mark.parametrize("apart", [1, 2])
+@pytest.mark.slow
 def test_a_run_resumed_where_early_stopping_stops_it_ends_there(kill, apart, tiny, tmp_path, monkeypatch):
     options = ["callbacks=early_stopping", "callbacks.pictures=null", "callbacks.early_stopping.patience=1"]
     options += ["+callbacks.early_stopping.min_delta=100", "callbacks.interruptible.every_n_seconds=0", "logger=csv"]

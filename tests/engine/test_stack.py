@@ -136,6 +136,7 @@ def test_a_run_in_a_stack_is_the_run_alone(tiny, float64, objective):
 @pytest.mark.parametrize(
     "objective", [name for name in OBJECTIVES if "=" not in name or "geco" in name or "miwae" in name]
 )
+@pytest.mark.slow
 def test_a_run_in_a_stack_begins_as_the_run_alone(tiny, float64, objective):
     assert_equal(configs_of(tiny, objective, "data.limit=48", "data.batch_size=20"), 4, 1e-12)
 

@@ -24,6 +24,7 @@ from vae.priors import MixtureOfGaussians
 from vae.seeding import generator
 
 
+@pytest.mark.slow
 def test_ais_hits_the_exact_likelihood_of_a_linear_gaussian_model_at_1000_temperatures():
     exact = LinearGaussian()
     batch = exact.batch(10)

@@ -288,6 +288,7 @@ def test_perfect_code_gets_one_wherever_one_is_the_maximum():
         assert scores[key] == pytest.approx(1, abs=0.02), key  # 1,000 points leave chance correlations of .001
 
 
+@pytest.mark.slow
 def test_ceilings_and_floors_on_dsprites_are_the_documented_ones():
     bounds = floor_and_ceiling(grid(DSPRITES), DSPRITES, 0, ["mig", "modularity", "irs"])
     bounds |= floor_and_ceiling(grid(DSPRITES), DSPRITES, 0, ["sap"], latent_dim=2)
@@ -685,6 +686,7 @@ def test_summary_over_seeds_by_hand():
         summarise_over_seeds([{"a": 1.0}, {"b": 1.0}])
 
 
+@pytest.mark.slow
 def test_metrics_import_without_torch():
     check = "import sys, vae.evaluation.disentanglement; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

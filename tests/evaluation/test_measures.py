@@ -49,8 +49,10 @@ KINDS = {
     "m2, made": ["objective=m2", "+data.labeled=20", "network=made", "data.binarize=dynamic"],
 }
 NO_GAUSSIAN = re.compile("iaf|planar|two_layer")  # q(z|x) is no diagonal Gaussian
-SPLITS = [pytest.param(kind, "test", marks=pytest.mark.slow if kind == "spatial" else ()) for kind in KINDS]
-SPLITS += [(kind, "train") for kind in ("dynamic", "cvae", "m2", "m2, made")]
+EVERYDAY = [("plain", "test"), ("cvae", "test"), ("m2", "test"), ("m2", "train"), ("iaf", "test"), ("made", "test")]
+EVERYDAY += [("two_layer", "test"), ("dynamic", "train"), ("vampprior", "test")]
+SPLITS = [(kind, "test") for kind in KINDS] + [(kind, "train") for kind in ("dynamic", "cvae", "m2", "m2, made")]
+SPLITS = [pytest.param(*case, marks=() if case in EVERYDAY else pytest.mark.slow) for case in SPLITS]
 SMALL = {name: {"images": 4, "temperatures": 4, "chains": 4} for name in ("ais", "gaps")}
 
 

@@ -143,6 +143,7 @@ class Replay(nn.Module):
         return self.images[self.at - len(z) : self.at]
 
 
+@pytest.mark.slow
 def test_real_images_pass_for_samples_and_noise_does_not(tiny, tmp_path):
     data, module = build(tiny("data.limit=null"))
     held_out, n = data.examples("val", 150).x, 150

@@ -92,6 +92,7 @@ def test_what_is_gained_is_told_seed_by_seed():
     assert claims(results)[0].measured == "+33.00 ± 0.10 nats (s.e., paired images); one seed"
 
 
+@pytest.mark.slow
 def test_a_seed_that_was_measured_is_kept_when_another_is_added(tiny, tmp_path, monkeypatch):
     trained = []
 

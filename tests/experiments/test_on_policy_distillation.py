@@ -65,6 +65,7 @@ def test_methods_that_write_get_as_many_fewer_updates_as_writing_costs():
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_a_student_comes_nearer_to_its_teacher_by_every_method(method):
     noise = generator(0, "test")
     teacher, student = (LanguageModel(4, 8, generator(0, name)) for name in ("teacher", "student"))

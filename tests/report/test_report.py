@@ -254,6 +254,7 @@ def test_the_best_run_and_all_numbers_are_in_the_table_and_the_csv(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_rate_distortion_has_a_curve_for_each_latent_size_in_order_of_beta(tmp_path):
     make_grid(tmp_path)
     sweep = read_sweep(tmp_path)
@@ -563,6 +564,7 @@ def test_the_terminal_table_marks_the_best_and_counts(tmp_path):
     assert "6 runs: 6 finished." in text
 
 
+@pytest.mark.slow
 def test_pictures_of_a_page_with_sixteen_runs_stay_within_eight_megabytes(tmp_path):
     noise = Image.merge("RGB", [Image.effect_noise((500, 500), 80) for _ in range(3)])  # what compresses worst
     noise.save(tmp_path / "noise.png", compress_level=1)
