@@ -38,7 +38,23 @@ def tested(folder: Path, tests: str) -> int:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *shlex.split(tests)])))
+        os._exit(
+            int(
+                pytest.main(
+                    [
+                        "-x",
+                        "-q",
+                        "-m",
+                        "not browser and not slurm",
+                        "-p",
+                        "no:cacheprovider",
+                        "-p",
+                        "no:xdist",
+                        *shlex.split(tests),
+                    ]
+                )
+            )
+        )
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

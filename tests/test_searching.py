@@ -153,6 +153,7 @@ def test_a_hopeless_run_is_pruned_says_so_and_what_it_told_is_not_told_again(tin
     assert run_of_it.complete
 
 
+@pytest.mark.slow
 def test_without_a_reason_no_run_is_pruned_and_it_ends_as_one_outside_a_search(tiny, tmp_path):
     search = pruned_search(tmp_path / "study", pruner_options={"n_startup_trials": 2})
     [trial] = search.next_batch(1, 3)

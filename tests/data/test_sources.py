@@ -133,6 +133,7 @@ def test_mnist_is_the_same_as_torchvision_reads_it():
     assert sources._idx(Path(root, "MNIST", "raw"), "train-labels-idx1-ubyte")[:5].tolist() == [5, 0, 4, 1, 9]
 
 
+@pytest.mark.slow
 def test_binarized_mnist_has_the_known_white_pixels_with_and_without_its_cache():
     root = real("binarized_mnist", "binarized_mnist_test.amat")
     for _ in range(2):  # parsed, then from the cache

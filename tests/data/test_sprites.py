@@ -46,6 +46,7 @@ def frames_of_the_animation() -> list[tuple[int, ...]]:
     return heart + [(shape, *frame) for shape in (1, 0) for frame in pulse + spin + shrink]
 
 
+@pytest.mark.slow
 def test_every_frame_of_the_original_animation_is_met_in_every_pixel(whole):
     path = Path(os.environ.get("VAE_DATA_DIR", ""), "dsprites", "dsprites.gif")
     if not path.is_file():

@@ -187,7 +187,7 @@ def test_an_exported_model_is_loaded_as_its_run_is(kind, tmp_path):
     ("form", "kind"),
     [
         ("onnx", ()),
-        ("torch_export", ("objective=cvae",)),
+        pytest.param("torch_export", ("objective=cvae",), marks=pytest.mark.slow),
         pytest.param("onnx", ("objective=cvae",), marks=pytest.mark.slow),
         pytest.param("onnx", ("network=conv",), marks=pytest.mark.slow),
         pytest.param("torch_export", (), marks=pytest.mark.slow),

@@ -134,6 +134,7 @@ def killed_at(moments, tiny, tmp_path, *overrides):
     assert_the_same(left_by(tmp_path / "cut"), whole)
 
 
+@pytest.mark.slow
 def test_a_run_with_averaged_weights_and_skipped_updates_killed_while_it_has_either_ends_as_one_never_stopped(
     tiny, tmp_path
 ):

@@ -107,6 +107,7 @@ def test_wherever_a_run_ends_its_last_weights_are_validated_kept_and_measured(en
 
 
 @pytest.mark.parametrize(("short", "longer"), [("trainer.max_steps=5", "trainer.max_steps=10"), ("a=3", "a=5")])
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_such_an_end_to_the_weights_of_one_that_was_longer_at_once(
     short, longer, tiny, tmp_path
 ):

@@ -41,9 +41,12 @@ CASES = [
     for path in sorted((Path(CONFIGS) / group).glob("*.yaml"))
     for option in options_of(path)
 ]
-#: Each option of a name, once, is tried every day.
-FIRST = [case for place, case in enumerate(CASES) if (case[0], case[2]) not in {(c[0], c[2]) for c in CASES[:place]}]
-CASES = [pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow) for case in CASES]
+#: Each option of an objective, once, is tried every day.
+EVERYDAY = {(group, option): name for group, name, option in reversed(CASES) if group in ("objective", "prior")}
+CASES = [
+    pytest.param(g, name, option, marks=() if EVERYDAY.get((g, option)) == name else pytest.mark.slow)
+    for g, name, option in CASES
+]
 
 
 def tried(config, folder=None) -> str | None:

@@ -196,6 +196,7 @@ OWN = {
         for name in OWN
     ],
 )
+@pytest.mark.slow
 def test_an_objective_that_cannot_be_packed_is_found_out_and_trained_as_ever(tiny, tmp_path, caplog, name):
     varied = [f"++objective.factor={f}" if name == "HidesNumbers" else f"objective.beta={f}" for f in (1.0, 2.0)]
     configs = [tiny("logger=none", f"objective._target_=own_objectives.{name}", more) for more in varied]
@@ -210,6 +211,7 @@ def test_an_objective_that_cannot_be_packed_is_found_out_and_trained_as_ever(tin
             assert_same_checkpoint(a["state_dict"], b["state_dict"], 0.0)
 
 
+@pytest.mark.slow
 def test_runs_of_other_structures_make_groups_and_the_sweep_says_which_are_alone(tiny, tmp_path, caplog):
     factor = ["objective=factor_vae", "objective.hidden=[8]"]
     accumulating = ["+trainer.accumulate_grad_batches=2"]

@@ -103,7 +103,11 @@ OPTIONS = [
 ] + [f"objective/schedule={schedule}" for schedule in ("constant", "linear", "cosine", "cyclical")]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    "option",
+    # networks and likelihoods are also built, and their values tested, in files of their own
+    [pytest.param(o, marks=pytest.mark.slow if o.startswith(("network", "likelihood")) else ()) for o in OPTIONS],
+)
 def test_every_option_trains_a_step(option, tiny, tmp_path):
     if option in ("logger=mlflow", "logger=wandb"):
         pytest.importorskip(option.partition("=")[2], exc_type=ImportError)

@@ -303,6 +303,7 @@ OPTIMIZERS = {
     "optimizer",
     [pytest.param(name, marks=[] if name in ("adam", "adamw", "sgd") else pytest.mark.slow) for name in OPTIMIZERS],
 )
+@pytest.mark.slow
 def test_an_optimiser_over_the_stack_takes_each_runs_own_step(tiny, float64, optimizer, same_rate):
     rates = ["optimizer.lr=0.01"] * 2 if same_rate else ["optimizer.lr=0.002", "optimizer.lr=0.01"]
     small = ["data.limit=48", "data.batch_size=20", *OPTIMIZERS[optimizer]]

@@ -138,6 +138,7 @@ def test_a_search_killed_before_any_write_and_resumed_proposes_what_one_does_tha
     assert write >= 7 * most  # each trial's creation, three parameters, whose and where, its result
 
 
+@pytest.mark.slow
 def test_a_batch_that_a_kill_cut_short_is_proposed_to_its_end_before_any_of_it_is_told(tmp_path):
     assert killed_at(8, tmp_path, terms(), 6, 3)  # in the second of three
     search = Search(tmp_path, terms())

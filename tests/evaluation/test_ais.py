@@ -34,6 +34,7 @@ def test_ais_hits_the_exact_likelihood_of_a_linear_gaussian_model_at_1000_temper
     assert error.abs().max() < 0.1
 
 
+@pytest.mark.slow
 def test_the_bdmc_sandwich_contains_the_exact_likelihood():
     exact = LinearGaussian()
     vae = exact.vae()

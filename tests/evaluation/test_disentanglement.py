@@ -314,6 +314,7 @@ def test_random_code_gets_what_guessing_gets():
     assert bounds["mig_chen/samples/floor"] == pytest.approx(0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_rotation_lowers_what_claims_to_measure_alignment():
     straight = perfect()
     turned = Codes(straight.codes @ rotation(3), straight.factors, SMALL, straight.log_variances)

@@ -17,6 +17,7 @@ DATA = Spectrum(torch.zeros(8, dtype=torch.float64), VALUES, torch.eye(8, dtype=
 
 
 @pytest.mark.parametrize("sigma2", [None, 1.0])
+@pytest.mark.slow
 def test_full_batch_phase_finds_the_optimum_its_components_and_what_collapses(sigma2):
     best = optimum(VALUES, 5, sigma2)
     start = protocol.random_start(8, 5, generator("start"))

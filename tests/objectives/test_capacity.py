@@ -149,6 +149,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("beta_vae", "gec
 
 
 @pytest.mark.parametrize("name", ["capacity", *SLOW])
+@pytest.mark.slow
 def test_rate_control_settles_on_the_exact_curve(name):
     rate, squared_error = water_filling(SPECTRUM, 0.1)
     active = int((SPECTRUM > 0.1).sum())

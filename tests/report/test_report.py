@@ -347,6 +347,7 @@ def test_a_point_that_is_a_mean_tells_mean_spread_and_number(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_data_sets_are_never_drawn_together_and_each_has_its_best(tmp_path):
     for name, offset in {"mnist": 0, "fashion_mnist": 140}.items():
         for beta in (1, 4):
@@ -366,6 +367,7 @@ def test_data_sets_are_never_drawn_together_and_each_has_its_best(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer._target_": "torch.optim.SGD"}, {"objective.beta": 0}])
+@pytest.mark.slow
 def test_a_sweep_over_nothing_a_name_or_one_number_with_zero_is_reported(tmp_path, settings):
     make_run(tmp_path / "a", picture=True)
     make_run(tmp_path / "b", picture=True, **settings)

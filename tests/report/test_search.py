@@ -117,6 +117,7 @@ def test_two_metrics_have_a_front(tmp_path):
     "damage",
     ["[]", "{", '{"trials": [{}]}', '{"trials": [], "metrics": 3}'],
 )
+@pytest.mark.slow
 def test_a_damaged_summary_costs_its_section_alone(damage, tmp_path):
     make_search(tmp_path)
     (tmp_path / "search.json").write_text(damage)
