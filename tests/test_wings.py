@@ -15,7 +15,15 @@ WINGS = {
     "what all share": ("vae", "vae.errors", "vae.files", "vae.cli", "vae.seeding", "vae.precision", "vae.ranks"),
     "mathematics": ("vae.kl", "vae.gaussian", "vae.beta", "vae.token_kl", "vae.importance"),
     "the KL's other roles": ("vae.advantages", "vae.surrogates", "vae.policy", "vae.distillation", "vae.preferences"),
-    "parts of a VAE": ("vae.likelihoods", "vae.priors", "vae.flows", "vae.hierarchical", "vae.networks", "vae.model"),
+    "parts of a VAE": (
+        "vae.likelihoods",
+        "vae.priors",
+        "vae.fitting",
+        "vae.flows",
+        "vae.hierarchical",
+        "vae.networks",
+        "vae.model",
+    ),
     "objectives": ("vae.objectives",),
     "data": ("vae.data",),
     "evaluation": ("vae.evaluation",),
@@ -25,7 +33,15 @@ WINGS = {
     "engine": ("vae.engine",),
     "the Latents tab": ("vae.latents",),
     "reproduced papers": ("vae.claims", "vae.experiment", "vae.experiment_figures"),
-    "entry points": ("vae.train", "vae.evaluate", "vae.encode", "vae.export", "vae.generate", "vae.reproduce"),
+    "entry points": (
+        "vae.train",
+        "vae.evaluate",
+        "vae.encode",
+        "vae.export",
+        "vae.generate",
+        "vae.fit_prior",
+        "vae.reproduce",
+    ),
 }
 PURE = (*WINGS["mathematics"], *WINGS["the KL's other roles"])
 

@@ -30,7 +30,8 @@ def main(config: DictConfig) -> None:
     table.columns[0].overflow = "fold"
     for name in results:
         if not name.endswith(("/floor", "/ceiling")):
-            numbers = [results.get(name + end) for end in columns.values()] + [written.get(name)]
+            own = name.replace(f"/priors/{config.fitted_prior}/", "/")  # under the prior of training
+            numbers = [results.get(name + end) for end in columns.values()] + [written.get(own)]
             table.add_row(name, *("" if number is None else f"{number:.6g}" for number in numbers))
     Console().print(table)
 

@@ -21,6 +21,8 @@ def main(config: DictConfig) -> None:
 
         n, out = whole("n", config.n, most=100_000), new_folder("out", config.out)
         run = load(named("run", config.run), trust=config.trust)
+        if config.fitted_prior is not None:
+            run = run.with_prior(str(config.fitted_prior))
         labels = config.label
         if run.vae.num_classes and labels is None:  # each class equally often
             labels = [number * run.vae.num_classes // n for number in range(n)]

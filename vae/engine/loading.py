@@ -130,6 +130,14 @@ class LoadedRun:
         data.setup()
         return data
 
+    def with_prior(self, name: str) -> LoadedRun:
+        """The same run with the prior that `python -m vae.fit_prior` kept as `name`. Raises VAEError if it is not there."""
+        from vae.engine.fitted_priors import read_prior
+
+        run = LoadedRun(self.path, self.device, self._trust)
+        run.vae.prior = read_prior(self.path, name, run.vae)
+        return run
+
     # --- what goes in -----------------------------------------------------------------------------------------------
 
     def images(self, images: Any) -> Tensor:

@@ -21,6 +21,7 @@ from vae.engine.build import build, build_data, run_length
 from vae.engine.callbacks.records import Reporter
 from vae.engine.checkpoints import choose_weights, load_weights, reached
 from vae.engine.devices import Crew, crew, refuse_what_depends_on_rows
+from vae.engine.fitted_priors import MEASURED, likelihood_under, read_prior
 from vae.engine.folder import (
     MEASURING,
     begins_with,
@@ -325,7 +326,12 @@ def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -
     choose("accelerator", changes.get("accelerator", "auto"), ACCELERATORS)
     for name in names:
         check_options(name, options.get(name) or {})
+    fitted = options.get("fitted_prior")
+    if fitted is not None and (other := [name for name in names if name not in MEASURED]):
+        raise VAEError(f"measures={other} does not go with fitted_prior={fitted}: choose from {', '.join(MEASURED)}.")
     run, path = load(folder, **changes), folder / f"evaluation-{split}.json"
+    if fitted is not None:
+        run[2].vae.prior = read_prior(folder, str(fitted), run[2].vae)
     results: dict[str, float] = {}
     refused = []
     for name in names:
@@ -333,7 +339,7 @@ def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -
             for part in _measured(name, *run, split, options):
                 results |= part
                 write_json(path, {**read_json(path), **part})
-                if name == "likelihood":
+                if name == "likelihood" and fitted is None:
                     write_per_image(folder, split, run[2].per_image, run[2].vae, again=True)
         except VAEError as error:
             refused.append(str(error))
@@ -349,11 +355,20 @@ def _measured(
     name: str, config: DictConfig, data: ImageDataModule, module: VAEModule, split: str, options: dict[str, Any]
 ) -> Iterator[dict[str, float]]:
     """The parts of one measure, as they are finished."""
-    show = options.get("progress_bar", False)
-    if name == "likelihood":
+    show, fitted = options.get("progress_bar", False), options.get("fitted_prior")
+    prefix = split if fitted is None else f"{split}/priors/{fitted}"
+    if name == "likelihood" and fitted is None:
         yield from _likelihood(config, data, module, split, show)
+        return
+    if name == "likelihood":
+        vae, samples = module.vae.to(build_trainer(config).strategy.root_device), module.nll_samples
+        data.test_split = split
+        with Work(f"nll_samples={samples}", show) as work:
+            work.expect(module.nll_steps(data.test_dataloader()) if samples else 0)
+            for part in likelihood_under(vae, data, split, samples, work):
+                yield {f"{prefix}/{key}": value for key, value in part.items()}
         return
     require_labels(module.vae, data, split)
     with Work(name, show) as work:
         found = MEASURES[name](module.vae, data, split, work, **(options.get(name) or {}))
-    yield {f"{split}/{name}/{key}": value for key, value in found.items()}
+    yield {f"{prefix}/{name}/{key}": value for key, value in found.items()}

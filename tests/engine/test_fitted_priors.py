@@ -1,0 +1,216 @@
+"""A prior fitted after training: kept beside the checkpoint, measured and sampled under its own name, refused where it is not the run's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vae
+from vae.engine.fitted_priors import aggregate, fit_prior
+from vae.engine.folder import read_json
+from vae.engine.run import measure, train
+from vae.errors import VAEError
+from vae.evaluation.likelihood import log_likelihood
+
+OPTIONS = {
+    "gaussian": {},
+    "mixture": {"components": 2},
+    "realnvp": {"layers": 2, "hidden": [8], "epochs": 2, "batch_size": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of tiny digits, with a prior of each kind."""
+    from conftest import composed
+
+    small = ["data.limit=64", "data.batch_size=32", "trainer.max_epochs=1", "evaluation.nll_samples=5", "threads=1"]
+    small += [
+        "trainer.accelerator=cpu",
+        "callbacks=minimal",
+        "logger=none",
+        "network.hidden=[16]",
+        "model.latent_dim=3",
+    ]
+    folder = tmp_path_factory.mktemp("fitted") / "run"
+    train(composed(*small), folder, small, progress_bar=False)
+    run = vae.load(folder)
+    for kind, options in OPTIONS.items():
+        fit_prior(run.vae, run.data, folder, kind, options=options)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same in a folder that may be spoilt."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_kept_prior_is_the_one_that_was_fitted(finished, kind):
+    run = vae.load(finished)
+    fitted = run.with_prior(kind)
+    found = json.loads((finished / "priors" / kind / "config.json").read_text())
+    for split in ("train", "val"):
+        z = aggregate(run.vae, run.data, split, 0).z
+        assert fitted.vae.prior.log_prob(z).mean().item() == pytest.approx(found["log_prob"][split], abs=1e-5)
+    assert found["images"] == len(run.data.measured("train"))
+    assert found["log_prob"]["val_of_own_prior"] == pytest.approx(run.vae.prior.log_prob(z).mean().item(), abs=1e-5)
+    assert sorted(path.name for path in (finished / "priors" / kind).iterdir()) == ["config.json", "prior.pt"]
+
+
+def test_the_gaussian_has_the_exact_moments_of_the_training_split(finished):
+    run = vae.load(finished)
+    x, _ = run.data.measured("train").gather(torch.arange(len(run.data.measured("train"))))
+    q = run.encode(x)
+    mean, centred = q.mean.mean(0), q.mean - q.mean.mean(0)
+    covariance = centred.T @ centred / len(x) + torch.diag(q.log_var.exp().mean(0))
+    prior = run.with_prior("gaussian").vae.prior
+    torch.testing.assert_close(prior.mean[0], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prior.scale[0] @ prior.scale[0].T, covariance, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_under_it_has_keys_of_its_own_and_leaves_the_others(copied):
+    own = measure(copied, "test", {"measures": ["likelihood"]})
+    images = (copied / "per_image-test.npz").read_bytes()
+    found = measure(copied, "test", {"measures": "likelihood", "fitted_prior": "gaussian"})
+    keys = {"elbo", "rate", "distortion", "bits_per_dim", "nll_iw5"}
+    assert set(found) == {f"test/priors/gaussian/{key}" for key in keys}
+    assert read_json(copied / "evaluation-test.json") == {**own, **found}
+    assert (copied / "per_image-test.npz").read_bytes() == images
+    assert found["test/priors/gaussian/distortion"] == pytest.approx(own["test/distortion"], abs=1e-4)
+    assert found["test/priors/gaussian/rate"] < own["test/rate"]  # of a run of one epoch, far from its optimum
+    run = vae.load(copied).with_prior("gaussian")
+    bounds = [log_likelihood(run.vae, batch, 5) for batch in run.data.batches("test")]
+    assert found["test/priors/gaussian/nll_iw5"] == pytest.approx(-torch.cat(bounds).mean().item(), abs=1e-4)
+
+
+def test_samples_come_from_it(finished):
+    run = vae.load(finished)
+    fitted = run.with_prior("mixture")
+    z = fitted.vae.prior.sample(4, vae.generator(7, "samples"))
+    torch.testing.assert_close(fitted.sample(4, seed=7), run.decode(z))
+    assert not torch.equal(fitted.sample(4, seed=7), run.sample(4, seed=7))
+    assert torch.equal(run.sample(4, seed=7), vae.load(finished).sample(4, seed=7))
+
+
+def test_the_commands_do_the_same(copied, tmp_path):
+    from commands import run as command
+
+    done = command("vae.fit_prior", f"run={copied}", "prior=mixture", "name=two", "mixture.components=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "log p(z) in nats" in done.stdout and str(copied / "priors" / "two") in done.stdout
+    two, mixture = (torch.load(copied / "priors" / name / "prior.pt") for name in ("two", "mixture"))
+    assert all(torch.equal(two[key], mixture[key]) for key in mixture)
+    done = command("vae.generate", f"run={copied}", "n=2", "out=images", "fitted_prior=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pixels = np.asarray(Image.open(tmp_path / "images" / "00001.png").convert("L"))
+    assert np.array_equal(pixels, (vae.load(copied).with_prior("two").sample(2)[1, 0] * 255).round().numpy())
+    done = command("vae.evaluate", f"run={copied}", "fitted_prior=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "test/priors/two/nll_iw5" in done.stdout
+    for words, sentence in (
+        (("vae.fit_prior", "prior=vamp"), "prior=vamp is unknown: choose one of gaussian, mixture, realnvp."),
+        (
+            ("vae.fit_prior", "prior=gaussian"),
+            "exists already: choose another name=, or fit it anew with resume=restart.",
+        ),
+        (("vae.evaluate", "fitted_prior=three"), "choose one of gaussian, mixture, realnvp, two."),
+    ):
+        done = command(words[0], f"run={copied}", words[1], cwd=tmp_path)
+        assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_restart_fits_anew_and_another_seed_draws_anew(copied):
+    run = vae.load(copied)
+    before = run.with_prior("mixture").vae.prior.mean.clone()
+    fit_prior(run.vae, run.data, copied, "mixture", seed=1, options={"components": 2}, resume="restart")
+    assert not torch.equal(run.with_prior("mixture").vae.prior.mean, before)
+    fit_prior(run.vae, run.data, copied, "mixture", seed=0, options={"components": 2}, resume="restart")
+    assert torch.equal(run.with_prior("mixture").vae.prior.mean, before)
+
+
+def test_one_that_a_kill_left_half_counts_as_absent(copied, monkeypatch):
+    run = vae.load(copied)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vae.engine.fitted_priors.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit_prior(run.vae, run.data, copied, "gaussian", seed=5, resume="restart")
+    with pytest.raises(VAEError, match=r"fitted_prior=gaussian is unknown .* choose one of mixture, realnvp\."):
+        run.with_prior("gaussian")
+
+
+def test_a_prior_that_is_not_the_runs_is_refused_in_a_sentence(copied, tmp_path):
+    run = vae.load(copied)
+    config = copied / "priors" / "gaussian" / "config.json"
+    written = config.read_text()
+    with torch.no_grad():
+        run.vae.encoder.requires_grad_(False)
+        next(run.vae.encoder.parameters()).add_(1e-3)
+    from vae.engine.fitted_priors import read_prior
+
+    with pytest.raises(VAEError, match="fitted to other weights"):
+        read_prior(copied, "gaussian", run.vae)
+    run = vae.load(copied)
+    other = {**json.loads(written), "latent_dim": 2}
+    config.write_text(json.dumps(other))
+    state = copied / "priors" / "gaussian" / "prior.pt"
+    kept = state.read_bytes()
+    torch.save({"logits": torch.zeros(1), "mean": torch.zeros(1, 2), "scale": torch.eye(2)[None]}, state)
+    with pytest.raises(VAEError, match="is over 2 latents, and those of this run are 3"):
+        run.with_prior("gaussian")
+    config.write_text(written)
+    with pytest.raises(VAEError, match="is damaged and cannot be read"):
+        run.with_prior("gaussian")
+    state.write_bytes(kept)
+    config.write_text(written[: len(written) // 2])
+    with pytest.raises(VAEError, match="is damaged and cannot be read"):
+        run.with_prior("gaussian")
+    config.write_text(written)
+    run.with_prior("gaussian")
+    for name in ("../gaussian", "", "a/b", ".hidden"):
+        with pytest.raises(VAEError, match="The name of a prior is letters"):
+            run.with_prior(name)
+
+
+def test_what_makes_no_sense_is_refused_before_anything_is_written(copied):
+    run = vae.load(copied)
+    for options, sentence in (
+        ({"kind": "vamp"}, "prior=vamp is unknown"),
+        ({"kind": "gaussian", "name": "new", "options": {"components": 2}}, "gaussian option=components is unknown"),
+        ({"kind": "mixture", "name": "new", "options": {"components": 10**6}}, "needs as many images"),
+        ({"kind": "mixture", "name": "new", "seed": -1}, "seed=-1 must be"),
+        ({"kind": "gaussian", "name": "new", "resume": True}, "resume=True is unknown"),
+    ):
+        with pytest.raises(VAEError, match=sentence):
+            fit_prior(run.vae, run.data, copied, **options)
+    assert not (copied / "priors" / "new").exists()
+    with pytest.raises(VAEError, match="does not go with fitted_prior=gaussian: choose from likelihood, samples"):
+        measure(copied, "test", {"measures": ["gaps"], "fitted_prior": "gaussian"})
+    with pytest.raises(VAEError, match="none yet: python -m vae.fit_prior makes one"):
+        shutil.rmtree(copied / "priors")
+        run.with_prior("gaussian")
+
+
+def test_a_discrete_posterior_has_no_second_stage(copied, monkeypatch):
+    run = vae.load(copied)
+
+    class Codes(torch.nn.Module):
+        def forward(self, parameters):
+            self.mean = torch.zeros(len(parameters), 3, dtype=torch.long)
+            return self
+
+        def rsample(self, noise):
+            return self.mean
+
+    run.vae.posterior = Codes()
+    with pytest.raises(VAEError, match="posterior of this run is discrete"):
+        fit_prior(run.vae, run.data, copied, "gaussian", "new")
