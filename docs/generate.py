@@ -19,6 +19,7 @@ GROUPS = {
     "network": "Networks",
     "likelihood": "Likelihoods",
     "prior": "Priors",
+    "fit_prior/prior": "Priors fitted afterwards, by vae.fit_prior",
     "posterior": "Posteriors",
     "objective": "Objectives",
     "objective/schedule": "Schedules: what multiplies the weight on the KL",
@@ -59,7 +60,7 @@ def first_sentence(dotted: str) -> str:
 
 def options(node: dict) -> str:
     """An option's own settings with their defaults, as they are typed."""
-    hidden = {"_target_", "_partial_", "defaults", "source", "schedule"}
+    hidden = {"_target_", "_partial_", "kind", "defaults", "source", "schedule"}
     flat = {**{f"source.{k}": v for k, v in (node.get("source") or {}).items()}, **node}
     shown = [
         f"`{k}={json.dumps(v) if v is not None else 'null'}`" for k, v in flat.items() if k.split(".")[-1] not in hidden
@@ -75,7 +76,11 @@ def reference() -> str:
         "`group.setting=value` changes one of its settings: `objective=tcvae objective.beta=6`.\n"
     )
     for group, title in GROUPS.items():
-        lines += [f"\n## {title} (`{group}=`)\n", "| option | what it is | settings and defaults |", "|---|---|---|"]
+        lines += [
+            f"\n## {title} (`{group.removeprefix('fit_prior/')}=`)\n",
+            "| option | what it is | settings and defaults |",
+            "|---|---|---|",
+        ]
         for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
             node = yaml.safe_load(path.read_text()) or {}
             made = target(node)

@@ -142,7 +142,8 @@ def known_settings() -> tuple[set[str], set[str]]:
     keys = {f".trainer.{name}" for name in inspect.signature(pl.Trainer).parameters}
     options = set()
     for path in Path(CONFIGS).rglob("*.yaml"):
-        group = path.relative_to(CONFIGS).parent.as_posix()
+        place = path.relative_to(CONFIGS)  # vae.fit_prior has a folder with its own group `prior`
+        group = (place.relative_to("fit_prior") if place.is_relative_to("fit_prior") else place).parent.as_posix()
         options.add(f"{group}={path.stem}")
         if group != "experiment":
             prefix = "" if group == "." else f".{group.replace('/', '.')}"

@@ -1,4 +1,4 @@
-"""Priors fitted to the aggregate posterior: a linear VAE off its optimum has it in closed form, and densities are held to torch's."""
+"""Priors fitted to the aggregate posterior, which a linear VAE off its optimum has in closed form; densities held to torch's."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_what_cannot_be_fitted_is_refused_in_a_sentence():
     z, moments, _, _ = clusters(6)
     with pytest.raises(VAEError, match="components=7 needs as many images at least, and there are 6"):
         fit_mixture(z, moments, components=7)
-    with pytest.raises(VAEError, match=r"realnvp\.lr=0 must be"):
+    with pytest.raises(VAEError, match=r"prior\.lr=0 must be"):
         fit_realnvp(z, moments, lr=0)
     with pytest.raises(VAEError, match="do not vary in every direction"):
         fit_gaussian(torch.zeros(2), torch.tensor([[1.0, 1.0], [1.0, 1.0]]).double())

@@ -8,22 +8,21 @@ from omegaconf import DictConfig, OmegaConf
 from vae.cli import CONFIGS, quote_run, sentences
 
 
-@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="fit_prior")
+@hydra.main(version_base="1.3", config_path=f"{CONFIGS}/fit_prior", config_name="fit_prior")
 def main(config: DictConfig) -> None:
     """Keeps the prior in FOLDER/priors/NAME, where `fitted_prior=NAME` of vae.evaluate and vae.generate finds it."""
     from rich.console import Console
 
     with sentences():
-        from vae.engine.fitted_priors import KINDS, fit_prior
+        from vae.engine.fitted_priors import fit_prior
         from vae.engine.loading import load
-        from vae.errors import choose
         from vae.files import named
 
-        kind = choose("prior", config.prior, KINDS)
         run = load(named("run", config.run), trust=config.trust)
-        options = OmegaConf.to_container(config[kind]) if kind in config else {}
+        options = {str(key): value for key, value in OmegaConf.to_object(config.prior).items()}  # type: ignore[union-attr]
+        kind = options.pop("kind")
         name = kind if config.name is None else str(config.name)
-        found = fit_prior(run.vae, run.data, run.path, kind, name, config.seed, options, config.resume)["log_prob"]  # type: ignore[arg-type]
+        found = fit_prior(run.vae, run.data, run.path, kind, name, config.seed, options, config.resume)["log_prob"]
     Console().print(
         f"log p(z) in nats, mean over draws of q(z|x): {found['train']:.6g} train, {found['val']:.6g} val "
         f"({found['val_of_own_prior']:.6g} under the prior of training): {run.path / 'priors' / name}",

@@ -171,9 +171,9 @@ def fit_mixture(
     import sklearn.exceptions
     import sklearn.mixture
 
-    if len(z) < whole("mixture.components", components):
-        raise VAEError(f"mixture.components={components} needs as many images at least, and there are {len(z)}.")
-    whole("mixture.iterations", iterations)
+    if len(z) < whole("prior.components", components):
+        raise VAEError(f"prior.components={components} needs as many images at least, and there are {len(z)}.")
+    whole("prior.iterations", iterations)
     mean, scale = moments[0], cholesky(moments[1])
     em = sklearn.mixture.GaussianMixture(
         components, max_iter=iterations, reg_covar=REG_COVAR, random_state=derive(seed, "mixture") % 2**32
@@ -205,11 +205,11 @@ def fit_realnvp(
     val: draws of the validation images (M, D); the weights of the epoch, the start included, that find them likeliest are
     kept, or of none the last. tick: called after each epoch. Raises VAEError for a loss that is not finite, or one latent.
     """
-    whole("realnvp.epochs", epochs, least=0)
-    whole("realnvp.batch_size", batch_size)
-    whole("realnvp.layers", layers)
+    whole("prior.epochs", epochs, least=0)
+    whole("prior.batch_size", batch_size)
+    whole("prior.layers", layers)
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < float("inf"):
-        raise VAEError(f"realnvp.lr={lr} must be a number above 0.")
+        raise VAEError(f"prior.lr={lr} must be a number above 0.")
     mean, covariance = moments
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "realnvp"))
@@ -228,7 +228,7 @@ def fit_realnvp(
         for part in torch.randperm(len(e), generator=generator(seed, "realnvp", epoch)).split(batch_size):
             loss = -prior.flow.log_prob(e[part]).mean()
             if not loss.isfinite():
-                raise VAEError(f"The flow's loss is not finite in epoch {epoch}: choose a smaller realnvp.lr.")
+                raise VAEError(f"The flow's loss is not finite in epoch {epoch}: choose a smaller prior.lr.")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

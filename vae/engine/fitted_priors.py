@@ -61,7 +61,9 @@ def fit_prior(
     whole("seed", seed, least=0)
     options = dict(options or {})
     for option in options:
-        choose(f"{kind} option", option, OPTIONS.get(kind, ()))
+        if option not in (known := OPTIONS.get(kind, ())):
+            there = f"choose from {', '.join(known)}" if known else "it has no settings"
+            raise VAEError(f"prior.{option} is unknown to prior={kind}: {there}.")
     name = kind if name is None else name
     place = _place(folder, name)
     if (place / "config.json").exists() and resume != "restart":
