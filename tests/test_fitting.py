@@ -1,4 +1,4 @@
-"""Priors fitted to the aggregate posterior, which a linear VAE off its optimum has in closed form; densities held to torch's."""
+"""Priors fitted to the aggregate posterior, known of a linear VAE off its optimum; densities held to torch's."""
 
 from __future__ import annotations
 

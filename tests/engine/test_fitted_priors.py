@@ -61,7 +61,7 @@ def test_a_kept_prior_is_the_one_that_was_fitted(finished, kind):
         assert fitted.vae.prior.log_prob(z).mean().item() == pytest.approx(found["log_prob"][split], abs=1e-5)
     assert found["images"] == len(run.data.measured("train"))
     assert found["log_prob"]["val_of_own_prior"] == pytest.approx(run.vae.prior.log_prob(z).mean().item(), abs=1e-5)
-    assert sorted(path.name for path in (finished / "priors" / kind).iterdir()) == ["config.json", "prior.pt"]
+    assert sorted(path.name for path in (finished / "priors" / kind).iterdir()) == ["config.json", "weights.pt"]
 
 
 def test_the_gaussian_has_the_exact_moments_of_the_training_split(finished):
@@ -99,14 +99,21 @@ def test_samples_come_from_it(finished):
     assert torch.equal(run.sample(4, seed=7), vae.load(finished).sample(4, seed=7))
 
 
-def test_the_commands_do_the_same(copied, tmp_path):
+def test_the_command_fits_the_same(copied, tmp_path):
     from commands import run as command
 
     done = command("vae.fit_prior", f"run={copied}", "prior=mixture", "name=two", "prior.components=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "log p(z) in nats" in done.stdout and str(copied / "priors" / "two") in done.stdout
-    two, mixture = (torch.load(copied / "priors" / name / "prior.pt") for name in ("two", "mixture"))
+    two, mixture = (torch.load(copied / "priors" / name / "weights.pt") for name in ("two", "mixture"))
     assert all(torch.equal(two[key], mixture[key]) for key in mixture)
+
+
+@pytest.mark.slow
+def test_the_other_commands_take_it_and_refuse_in_a_sentence(copied, tmp_path):
+    from commands import run as command
+
+    shutil.copytree(copied / "priors" / "mixture", copied / "priors" / "two")
     done = command("vae.generate", f"run={copied}", "n=2", "out=images", "fitted_prior=two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     pixels = np.asarray(Image.open(tmp_path / "images" / "00001.png").convert("L"))
@@ -162,7 +169,7 @@ def test_a_prior_that_is_not_the_runs_is_refused_in_a_sentence(copied, tmp_path)
     run = vae.load(copied)
     other = {**json.loads(written), "latent_dim": 2}
     config.write_text(json.dumps(other))
-    state = copied / "priors" / "gaussian" / "prior.pt"
+    state = copied / "priors" / "gaussian" / "weights.pt"
     kept = state.read_bytes()
     torch.save({"logits": torch.zeros(1), "mean": torch.zeros(1, 2), "scale": torch.eye(2)[None]}, state)
     with pytest.raises(VAEError, match="is over 2 latents, and those of this run are 3"):

@@ -1,4 +1,4 @@
-"""Priors fitted after training, beside the checkpoint: RUN/priors/NAME holds prior.pt and config.json, or counts as absent."""
+"""Priors fitted after training: RUN/priors/NAME holds weights.pt and config.json, or counts as absent."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def fit_prior(
     }
     # config.json, which makes the folder count, goes first and comes last: a kill in between leaves no prior, never a half.
     (place / "config.json").unlink(missing_ok=True)
-    write_atomically(place / "prior.pt", partial(torch.save, prior.state_dict()))
+    write_atomically(place / "weights.pt", partial(torch.save, prior.state_dict()))
     write_json(place / "config.json", config)
     return config
 
@@ -107,7 +107,7 @@ def read_prior(folder: Path, name: object, vae: VAE) -> Prior:
         raise VAEError(f"fitted_prior={name} is unknown in {folder}: {there}.")
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        state = torch.load(place / "prior.pt", map_location="cpu", weights_only=True)
+        state = torch.load(place / "weights.pt", map_location="cpu", weights_only=True)
         kind, size, weights, options = (config[key] for key in ("prior", "latent_dim", "weights", "options"))
         sizes = {key: options[key] for key in ("layers", "hidden") if key in options}
         prior: Prior = WhitenedFlow(size, **sizes) if kind == "realnvp" else FullMixture(size, len(state["logits"]))
@@ -137,7 +137,8 @@ def likelihood_under(
 ) -> Iterator[dict[str, float]]:
     """elbo, rate, distortion and bits_per_dim, then nll_iwK with K = `samples`, under the prior that `vae` has now."""
     require_labels(vae, data, split)
-    device, totals, sums, images = next(vae.parameters()).device, ELBOTotals(), {}, 0
+    device, totals, images = next(vae.parameters()).device, ELBOTotals(), 0
+    sums: dict[str, float] = {}
     given = "_given_label" if vae.latent_label else ""
     for batch in data.batches(split):
         totals.update(vae, batch._replace(x=batch.x.to(device), y=None if batch.y is None else batch.y.to(device)))
