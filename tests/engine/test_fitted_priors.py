@@ -136,6 +136,8 @@ def test_the_other_commands_take_it_and_refuse_in_a_sentence(copied, tmp_path):
 def test_restart_fits_anew_and_another_seed_draws_anew(copied):
     run = vae.load(copied)
     before = run.with_prior("mixture").vae.prior.mean.clone()
+    first, again, other = (aggregate(run.vae, run.data, "train", seed).z for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
     fit_prior(run.vae, run.data, copied, "mixture", seed=1, options={"components": 2}, resume="restart")
     assert not torch.equal(run.with_prior("mixture").vae.prior.mean, before)
     fit_prior(run.vae, run.data, copied, "mixture", seed=0, options={"components": 2}, resume="restart")
