@@ -147,6 +147,7 @@ def test_a_planar_flow_without_a_push_is_its_base():
 
 
 @pytest.mark.parametrize("posterior", ["planar", "iaf"])
+@pytest.mark.slow
 def test_flows_train_from_their_config_with_the_rate_estimated(tiny, posterior):
     data, module = build(tiny(f"posterior={posterior}"))
     vae, batch = module.vae, data.examples("train", 64)

@@ -42,6 +42,7 @@ def test_what_is_foreign_to_a_checkpoint_is_seen_wherever_it_lies():
 
 
 @pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.slow
 def test_every_optimiser_and_schedule_trains_and_its_checkpoints_hold_tensors_and_plain_values(option, tiny, tmp_path):
     train(tiny(option, "logger=none", "evaluation.nll_samples=0"), tmp_path, [], progress_bar=False)
     assert math.isfinite(read_metrics(tmp_path)["test/elbo"])

@@ -114,6 +114,7 @@ def test_packed_runs_leave_what_they_leave_alone(tiny, tmp_path, float64, caplog
         assert_alike(*(tmp_path / name / str(number) for name in ("packed", "alone")))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_recorded_and_the_others_do_not_notice(tiny, tmp_path, float64):
     configs = [tiny(*WHOLE, f"seed={n}", f"optimizer.lr={lr}") for n, lr in enumerate((1e-3, 1e200, 2e-3))]
     together, apart = packed(configs, tmp_path / "packed"), alone(configs, tmp_path / "alone")
