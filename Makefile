@@ -20,7 +20,7 @@ setup: .venv/.installed  ## create .venv and install the package in it
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-sweep: setup  ## beta x latent size on the embedded digits, with a report (about a minute)
+sweep: setup  ## beta x latent size on the embedded digits, with a report (a minute or two)
 	$(BIN)/python -m vae.train experiment=digits_sweep $(ARGS)
 
 train: setup  ## one run; ARGS="data=mnist objective.beta=4"
