@@ -227,6 +227,8 @@ def test_the_list_fits_a_terminal_of_80_columns_and_cuts_no_name(capsys, monkeyp
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines[2:]] == names(CHECKOUT)  # a line each
+    start = lines[0].index("quick")
+    assert all(line[start - 1] == " " != line[start] for line in lines[2:])  # words: aligned to the left
 
 
 def test_a_duration_is_said_alike_in_reports_and_verdicts():

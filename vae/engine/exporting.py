@@ -59,6 +59,8 @@ def export(run: LoadedRun, out: Path, form: str = "safetensors", licence: str | 
         raise VAEError("Exporting needs safetensors: pip install 'vae[export]'.") from error
     if form == "diffusers":
         return _diffusers(run, out, licence, save)
+    if form == "onnx":
+        _needed_for_onnx()
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: value.contiguous().clone() for name, value in run.vae.state_dict().items()}
     write_atomically(out / "model.safetensors", lambda file: file.write(save(weights)))
@@ -125,12 +127,17 @@ def _torch_export(run: LoadedRun, out: Path) -> list[str]:
     return names
 
 
-def _onnx(run: LoadedRun, out: Path) -> list[str]:
+def _needed_for_onnx() -> None:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # which export no program for batches of any size
+        raise VAEError(f"format=onnx needs torch 2.6 or newer, and this is {torch.__version__}.")
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise VAEError("format=onnx needs onnx and onnxscript: pip install 'vae[onnx]'.") from error
+
+
+def _onnx(run: LoadedRun, out: Path) -> list[str]:
     names = []
     for name, (program, inputs) in _programs(run).items():
         outputs = {"encoder": "parameters", "decoder": "images"}[name]
