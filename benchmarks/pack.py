@@ -2,6 +2,7 @@
 
 `python benchmarks/pack.py [--quick]` prints both, and the operators of a step, as JSON. One thread. Steps are taken in turn, a
 block of one form and then of the other, and measured in CPU time, for others use the machine too; ratios are medians of pairs.
+On a GPU it is 64 runs against one, in seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ SETS = {
     "15 runs of the digits MLP, 64-400-16, batch 64": (15, ["data=digits", "model.latent_dim=16"]),
     "16 runs of 784-400-20, batch 128": (16, ["data=mnist", "model.latent_dim=20", "data.limit=3840"]),
 }
-PLAIN = ["trainer.accelerator=cpu", "threads=1"]
+ON_GPU = "64 runs of 784-400-20, batch 128, against one"
+GPU = torch.cuda.is_available()
+PLAIN = [f"trainer.accelerator={'gpu' if GPU else 'cpu'}", "threads=1"]
 
 
 def configs_of(runs: int, overrides: list[str], *more: str) -> list[Any]:
@@ -42,8 +45,11 @@ def configs_of(runs: int, overrides: list[str], *more: str) -> list[Any]:
     ]
 
 
-class Ended(Exception):
-    """Enough steps were taken."""
+def now() -> float:
+    if not GPU:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def blocks_of(config: Any, steps: int) -> Callable[[], float]:
@@ -67,9 +73,9 @@ def blocks_of(config: Any, steps: int) -> Callable[[], float]:
     run = greenlet(fit)
 
     def block() -> float:
-        start = time.process_time()
+        start = now()
         run.switch()
-        return time.process_time() - start
+        return now() - start
 
     block()  # builds it all
     return block
@@ -79,18 +85,18 @@ def stack_blocks(configs: list[Any], steps: int) -> tuple[Stack, Callable[[], fl
     members, loaders = [], []
     for config in configs:
         data, module = build(config)
-        module.train()
+        module.train().to("cuda" if GPU else "cpu")
         members.append(Member(module.vae, module.objective, module.configure_optimizers(), data))
         loaders.append(_endless(data.train_dataloader()))
     stack, taken = Stack(members), 0
 
     def block() -> float:
         nonlocal taken
-        start = time.process_time()
+        start = now()
         blocks = [[next(loader) for loader in loaders] for _ in range(steps)]
         stack.train(blocks, taken)
         taken += steps
-        return time.process_time() - start
+        return now() - start
 
     block()
     return stack, block
@@ -121,11 +127,28 @@ def steps_in_turn(runs: int, overrides: list[str], steps: int, repetitions: int)
     }
 
 
-def whole_runs(runs: int, overrides: list[str], epochs: int) -> dict[str, float]:
+def against_one(runs: int, overrides: list[str], steps: int = 20, repetitions: int = 9) -> dict[str, Any]:
+    """So many runs against one of them: milliseconds of a step, and seconds of complete runs."""
+    configs = configs_of(runs, overrides, "trainer.max_epochs=100000", "logger=none", "callbacks=minimal")
+    alone, (_, together) = blocks_of(configs[0], steps), stack_blocks(configs, steps)
+    pairs = [(alone(), together()) for _ in range(repetitions)]
+    step = {
+        "one_ms": 1e3 * statistics.median(a for a, _ in pairs) / steps,
+        "packed_ms": 1e3 * statistics.median(b for _, b in pairs) / steps,
+        "ratio": statistics.median(b / a for a, b in pairs),
+    }
+    one, many = (whole_runs(n, overrides, 5, forms=("packed",))["packed_s"] for n in (1, runs))
+    whole = {"one_s": one, "packed_s": many, "ratio": many / one}
+    return {"steps": step, "whole runs": whole, "device": torch.cuda.get_device_name()}
+
+
+def whole_runs(
+    runs: int, overrides: list[str], epochs: int, forms: tuple[str, ...] = ("one_after_another", "packed")
+) -> dict[str, float]:
     """Seconds of complete runs, with validation, checkpoints, events and the test; pictures left out."""
     more = [f"trainer.max_epochs={epochs}", "callbacks=minimal", "evaluation.nll_samples=0"]
     found = {}
-    for form in ("one_after_another", "packed"):
+    for form in forms:
         configs = configs_of(runs, overrides, *more)
         shared = SHARED.set({})
         with tempfile.TemporaryDirectory() as folder:
@@ -133,11 +156,11 @@ def whole_runs(runs: int, overrides: list[str], epochs: int) -> dict[str, float]
                 functools.partial(train, c, Path(folder) / str(n), [], progress_bar=False)
                 for n, c in enumerate(configs)
             ]
-            start = time.process_time()
+            start = now()
             Pack([str(n) for n in range(runs)]).run(jobs) if form == "packed" else [job() for job in jobs]
-            found[f"{form}_s"] = time.process_time() - start
+            found[f"{form}_s"] = now() - start
         SHARED.reset(shared)
-    return {**found, "ratio": found["one_after_another_s"] / found["packed_s"]}
+    return {**found, "ratio": found["one_after_another_s"] / found["packed_s"]} if len(forms) == 2 else found
 
 
 def operators(overrides: list[str], runs: int) -> int:
@@ -166,6 +189,9 @@ def main() -> None:
     set_threads(1)
     torch.set_flush_denormal(True)
     found: dict[str, Any] = {}
+    if GPU:
+        print(json.dumps({ON_GPU: against_one(64, SETS["16 runs of 784-400-20, batch 128"][1])}, indent=1), flush=True)
+        return
     for name, (runs, overrides) in SETS.items():
         if options.only not in name:
             continue

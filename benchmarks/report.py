@@ -20,11 +20,13 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
         rows = []
         for name, row in steps.items():
             if "failed" in row:
-                rows.append([name, row["failed"], "", "", ""])
+                rows.append([name, row["failed"], "", "", "", ""])
                 continue
             cpu = f"{row['cpu_ratio']:.3f}" if "cpu_ratio" in row else ""
-            rows.append([name, f"{row['bare_ms']:.2f}", f"{row['project_ms']:.2f}", f"{row['ratio']:.3f}", cpu])
-        yield "A training step", ["", "bare loop, ms", "project, ms", "ratio", "ratio of CPU time"], rows
+            nats = f"{row['nats']:+.2f}" if "nats" in row else ""
+            rows.append([name, f"{row['bare_ms']:.2f}", f"{row['project_ms']:.2f}", f"{row['ratio']:.3f}", cpu, nats])
+        heads = ["", "bare loop, ms", "project, ms", "ratio", "ratio of CPU time", "val/elbo gained, nats"]
+        yield "A training step", heads, rows
     if peers := results.get("peers"):
         rows = [
             [

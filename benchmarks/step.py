@@ -33,8 +33,16 @@ STEPS = {
 }
 
 
-#: what a GPU can do more, each against the same bare loop in 32-bit floats
-GPU_VARIANTS = {"": [], ", compiled": ["compile=true"], ", compiled, CUDA graphs": ["compile=reduce-overhead"]}
+#: what each device can do more, against the same bare loop in 32-bit floats
+VARIANTS = {
+    "cpu": {"": [], ", bf16-mixed": ["trainer.precision=bf16-mixed"]},
+    "cuda": {
+        "": [],
+        ", bf16-mixed": ["trainer.precision=bf16-mixed"],
+        ", compiled": ["compile=true"],
+        ", compiled, CUDA graphs": ["compile=reduce-overhead"],
+    },
+}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -44,9 +52,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         common = [*overrides, f"data.batch_size={batch}", f"data.limit={batch * steps}", f"threads={options.threads}"]
         difference = largest_difference(net, common, min(20, steps))
         for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-            for variant, more in GPU_VARIANTS.items() if device == "cuda" else [("", [])]:
+            for variant, more in VARIANTS[device].items():
                 try:
                     measured = compare_steps(net, [*common, *more], 2 if options.quick else 15, device)
+                    if "bf16" in variant:
+                        measured["nats"] = nats_gained(common, more, 1 if options.quick else 10, device)
                 except Exception as error:  # one way of running that this device does not have must not end the others
                     measured = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
                 label = f"{name}{variant}" + (f", {torch.cuda.get_device_name()}" if device == "cuda" else "")
@@ -115,6 +125,19 @@ def compare_steps(net: str, overrides: list[str], repetitions: int, device: str)
         trainer.callbacks.insert(0, turns.callback())
         trainer.fit(module, data)
     return turns.measured(math.ceil(len(images) / data.batch_size))
+
+
+def nats_gained(overrides: list[str], more: list[str], epochs: int, device: str) -> float:
+    """val/elbo with these settings less that without, in nats per image: the same seed, so many epochs of the same images."""
+    elbo = []
+    for settings in ([], more):
+        config = compose(*overrides, *settings, f"trainer.max_epochs={epochs}", "callbacks=minimal", "logger=none")
+        config.trainer.accelerator = "gpu" if device == "cuda" else "cpu"
+        data, module = build(config)
+        with tempfile.TemporaryDirectory() as folder:
+            build_trainer(config, Path(folder)).fit(module, data)
+        elbo.append(float(module.validation["val/elbo"]))
+    return elbo[1] - elbo[0]
 
 
 def captured_step(net: str, overrides: list[str], batch: int, repetitions: int = 10) -> dict[str, float]:

@@ -7,6 +7,7 @@ that shares a machine with others, sees exactly the numbers it would have seen a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -20,3 +21,9 @@ def derive(*parts: int | str) -> int:
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on `device`, seeded by `derive(*parts)`."""
     return torch.Generator(device).manual_seed(derive(*parts))
+
+
+def generators(seeds: Iterable[int], name: str, device: torch.device | str = "cpu") -> Iterator[torch.Generator]:
+    """`generator(seed, name)` of each seed in turn: one generator, seeded again, for to make one takes time on a GPU."""
+    found = torch.Generator(device)
+    return (found.manual_seed(derive(seed, name)) for seed in seeds)

@@ -16,7 +16,7 @@ from vae.data.loader import BatchLoader, EpochSampler
 from vae.data.pairs import partners_of
 from vae.errors import VAEError, choose, whole
 from vae.likelihoods import Likelihood
-from vae.seeding import derive, generator
+from vae.seeding import derive, generator, generators
 
 BINARIZATIONS = ("none", "threshold", "static", "dynamic")
 
@@ -194,8 +194,8 @@ class ImageDataModule(pl.LightningDataModule):
         x, partner = (None if images is None else self.scale(images) for images in (batch.x, batch.partner))
         if self.binarize == "dynamic":
             noise = torch.empty_like(x)
-            for of_run, seed in zip(noise, seeds, strict=True):
-                torch.rand(of_run.shape, generator=generator(seed, "binarize", device=x.device), out=of_run)
+            for of_run, own in zip(noise, generators(seeds, "binarize", x.device), strict=True):
+                torch.rand(of_run.shape, generator=own, out=of_run)
             x = noise.lt_(x)
         return batch._replace(x=x, partner=partner)
 

@@ -146,7 +146,7 @@ class VAEModule(pl.LightningModule):
 
     def record(self, metrics: dict[str, Tensor], step: int) -> None:
         """Let callbacks know of metrics, and write them to the loggers at once: before a checkpoint says they are."""
-        self.log_dict(metrics, logger=False)
+        self.trainer.callback_metrics.update(metrics)  # what `log_dict` comes to, without its milliseconds
         for logger in self.trainer.loggers:
             numbers = {name: float(value) for name, value in metrics.items()}
             logger.log_metrics({**numbers, "epoch": step // self.trainer.num_training_batches}, step)

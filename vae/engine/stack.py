@@ -22,7 +22,7 @@ from vae.engine.draws import Call, Drawn, NoSeed, Unpackable, Watched
 from vae.engine.stacked_optimizer import StackedOptimizer
 from vae.model import VAE
 from vae.objectives.elbo import Objective
-from vae.seeding import generator
+from vae.seeding import generator, generators
 
 
 @dataclass
@@ -191,10 +191,10 @@ class Stack:
         """The draws of a step, (K, ...) each."""
         if not plan:
             return []
-        of_runs = []
-        for seed in seeds:
-            noise = generator(seed, "z", device=self.device)
-            of_runs.append([call.function(*call.arguments, generator=noise, **call.options) for call in plan])
+        of_runs = [
+            [call.function(*call.arguments, generator=noise, **call.options) for call in plan]
+            for noise in generators(seeds, "z", self.device)
+        ]
         return [torch.stack(draws) for draws in zip(*of_runs, strict=True)]
 
     # --- before it is trusted ---------------------------------------------------------------------------------------
