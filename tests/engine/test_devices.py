@@ -308,6 +308,15 @@ def test_devices_that_come_to_different_losses_are_refused(tmp_path):
     module._refuse_disagreement()
 
 
+def test_ranks_of_a_trainer_of_ones_own_are_refused_before_they_train():
+    data, module = build(composed("data=digits"))
+    own = pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True)
+    own.__class__ = type("OfTwo", (pl.Trainer,), {"world_size": 2})
+    with pytest.raises(VAEError, match=r"A Trainer of your own with 2 processes .* devices=1"):
+        own.fit(module, data)
+    assert module.steps == 0
+
+
 def test_a_run_on_several_devices_is_measured_on_one():
     config = composed(*SMALL, "trainer.devices=2", "+trainer.strategy=ddp")
     assert build_trainer(config).world_size == 1

@@ -14,6 +14,7 @@ from vae import ranks
 from vae.data.images import Batch
 from vae.data.loader import BatchLoader
 from vae.engine.callbacks.records import take_back
+from vae.engine.devices import SeveralDevices
 from vae.engine.per_image import PerImage
 from vae.errors import VAEError, whole
 from vae.evaluation.likelihood import MOST_SAMPLES, ELBOTotals, bits_per_dim, nll, parts_of
@@ -81,6 +82,13 @@ class VAEModule(pl.LightningModule):
         if self.make_lr_schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": self.make_lr_schedule(optimizer)}
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, SeveralDevices):
+            raise VAEError(
+                f"A Trainer of your own with {self.trainer.world_size} processes would measure the batches of one of them: "
+                "give it devices=1, or start the run by `python -m vae.train trainer.devices=2`, which shares out each batch."
+            )
 
     # --- training ---------------------------------------------------------------------------------------------------
 
