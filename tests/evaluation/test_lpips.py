@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,13 +67,13 @@ def test_lpips_is_the_formula_of_the_paper_and_0_of_equal_images(folder, network
 
 
 @pytest.mark.slow
-def test_lpips_is_the_peers_at_the_same_weights(folder):
-    peer = pytest.importorskip("torchmetrics.functional.image.lpips")._LPIPS(
-        pretrained=False, net="alex", pnet_rand=True
-    )
-    backbone, linear = (torch.load(folder / file, weights_only=True) for file in NETWORKS["alex"][:2])
-    peer.net.load_state_dict({name: backbone[f"features.{name.split('.', 1)[1]}"] for name in peer.net.state_dict()})
-    peer.load_state_dict(linear, strict=False)
+def test_with_the_published_linear_weights_lpips_is_the_peers(tmp_path):
+    peers = pytest.importorskip("torchmetrics.functional.image.lpips")
+    folder = publish(tmp_path / "weights")
+    backbone, linear = (folder / file for file in NETWORKS["alex"][:2])
+    shutil.copy(Path(peers.__file__).parent / "lpips_models" / linear.name, linear)
+    peer, weights = peers._LPIPS(pretrained=True, net="alex", pnet_rand=True), torch.load(backbone, weights_only=True)
+    peer.net.load_state_dict({name: weights[f"features.{name.split('.', 1)[1]}"] for name in peer.net.state_dict()})
     a, b = images(2, 3, 40, 40), images(2, 3, 40, 40, seed=1)
     theirs = peer(a, b, normalize=True).flatten()
     torch.testing.assert_close(made(folder, "alex", (3, 40, 40))(a, b), theirs, rtol=1e-4, atol=1e-6)
