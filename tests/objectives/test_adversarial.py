@@ -10,7 +10,7 @@ from vae.data.images import Batch
 from vae.engine.build import build
 from vae.engine.run import train
 from vae.errors import VAEError
-from vae.likelihoods import PixelSigmaGaussian
+from vae.likelihoods import Laplace, PixelSigmaGaussian
 from vae.model import VAE
 from vae.objectives.adversarial import (
     Adversarial,
@@ -205,13 +205,14 @@ def test_before_its_start_both_losses_are_multiplied_by_zero(adaptive):
 
 def test_outside_training_the_weight_is_that_of_the_last_step():
     vae = EXACT.vae(shift=0.3)
-    objective = adversarial(vae, penalty="lecam")
-    weight, state = run(objective, vae)["adversarial_weight"], objective.state_dict()
-    other = adversarial(vae, penalty="lecam")
+    objective = adversarial(vae, penalty="lecam", start_step=5)
+    weight, state = run(objective, vae, step=5)["adversarial_weight"], objective.state_dict()
+    other = adversarial(vae, penalty="lecam", start_step=5)
     other.load_state_dict(state)
     averages = objective.lecam_averages.clone()
     with torch.no_grad():
-        terms = run(other.eval(), vae, n=7)
+        terms = run(other.eval(), vae, n=7, step=0)  # a command that measures a finished run knows of no steps
+    assert terms["discriminator_loss"] > 0
     assert terms["adversarial_weight"] == weight
     assert torch.equal(other.lecam_averages, averages) and "penalty" not in terms
     expected = terms["distortion"] + terms["rate"] + weight * terms["generator_loss"]
@@ -230,6 +231,15 @@ def test_at_weight_zero_the_vae_is_trained_to_the_bits_of_beta_vae(tiny, tmp_pat
         weights.append({key: value for key, value in state.items() if key.startswith("vae.")})
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_laplace_of_scale_one_half_is_the_published_reconstruction_loss_and_sums_are_means_times_their_number():
+    """Rombach et al. 2022: the sum of |u - v| over sub-pixels in [-1, 1]; with its mean instead, all weights change alike."""
+    x, mean = torch.rand(2, 5, 3, 4, 4, generator=generator("x"), dtype=torch.float64)
+    difference = ((2 * x - 1) - (2 * mean - 1)).abs()
+    distortion = -Laplace(0.5).log_prob(mean[:, None], x)
+    torch.testing.assert_close(distortion, difference.sum((1, 2, 3)))
+    torch.testing.assert_close(distortion.mean(), 3 * 4 * 4 * difference.mean())
 
 
 # --- penalties --------------------------------------------------------------------------------------------------------

@@ -151,18 +151,18 @@ class Adversarial(Objective):
 
     gan: "hinge" or "non_saturating", see `discriminator_loss` and `generator_loss`. G is a mean over images and patches,
     whereas distortion and rate are sums over sub-pixels and latents, in nats per image.
-    adaptive: lambda = weight |grad distortion| / |grad G|, both at the decoder's last layer, see `gradient_ratio`. It has no
-    unit, so that published weights hold as they are: 0.5 of Rombach et al., 0.8 of Esser et al. False: lambda = weight, in
-    nats per image; a weight beside a reconstruction loss that is a mean over sub-pixels is C H W times as much here.
+    adaptive: lambda = weight |grad distortion| / |grad G|, both at the decoder's last layer, see `gradient_ratio`. It takes up
+    the scale of the distortion, so that published weights hold as they are: 0.5 of Rombach et al., 0.8 of Esser et al. False:
+    lambda = weight, in nats per image; one published beside a mean over sub-pixels is C H W times as much here.
     start_step: so many batches are trained on first with lambda and the discriminator's loss both times 0, as in the published
-    code (50,001 there); of the discriminator, nothing but its optimiser's clock moves.
+    code (50,001 there). Its optimiser counts these steps all the same.
     penalty, added to the discriminator's loss: "r1", penalty_weight / 2 times `r1`; "lecam", penalty_weight times `lecam`, with
     averages of decay 0.99 without the bias of their start; None takes the paper's weight, 10 or 0.3. The discriminator's loss
     is the mean of its two halves, which in both papers are added up: beside it a penalty weighs twice what it does there.
 
     Terms: generator_loss (G), adversarial_weight (lambda), discriminator_loss without its penalty, logits_real, logits_fake,
-    and in training penalty. Outside training lambda is that of the last step; the loss moves with the discriminator
-    (`loss_moves`), so that the last weights are tested.
+    and in training penalty. Outside training lambda is that of the last step, and the discriminator has always started; the
+    loss moves with the discriminator (`loss_moves`), so that the last weights are tested.
 
     Raises VAEError for options out of range, binary draws of grey images, images that are too small, and where `adaptive`
     finds no last layer.
@@ -234,7 +234,7 @@ class Adversarial(Objective):
     def forward(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
         out = vae(batch.x, generator, batch.y)
         image = vae.likelihood.mean(out.params)
-        beta, started = self.weight(step), float(step >= self.start_step)
+        beta, started = self.weight(step), float(step >= self.start_step or not self.training)
 
         fixed = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
         passed = generator_loss(full_precision(torch.func.functional_call(self.discriminator, fixed, image)), self.gan)
