@@ -95,7 +95,7 @@ def r1(logits: Tensor, x: Tensor) -> Tensor:
 def lecam(real: Tensor, fake: Tensor, average_real: Tensor, average_fake: Tensor) -> Tensor:
     """Mean of max(0, real - average_fake)^2 plus mean of max(0, average_real - fake)^2, 0-dim.
 
-    Tseng et al. 2021, section 3.2, with the positive parts that their code takes.
+    Tseng et al. 2021, with the positive parts that their code takes.
     """
     return F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
 
