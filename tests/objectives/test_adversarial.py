@@ -9,6 +9,7 @@ from vae import networks
 from vae.data.images import Batch
 from vae.engine.build import build
 from vae.engine.run import train
+from vae.engine.trainer import warn_of_unreached_weight
 from vae.errors import VAEError
 from vae.likelihoods import Laplace, PixelSigmaGaussian
 from vae.model import VAE
@@ -240,6 +241,13 @@ def test_a_laplace_of_scale_one_half_is_the_published_reconstruction_loss_and_su
     distortion = -Laplace(0.5).log_prob(mean[:, None], x)
     torch.testing.assert_close(distortion, difference.sum((1, 2, 3)))
     torch.testing.assert_close(distortion.mean(), 3 * 4 * 4 * difference.mean())
+
+
+def test_a_start_that_a_run_does_not_reach_is_a_warning(caplog):
+    warn_of_unreached_weight(Adversarial(start_step=9), 10)
+    assert not caplog.text
+    warn_of_unreached_weight(Adversarial(start_step=10), 10)
+    assert "objective.start_step=10 is never reached in 10 training steps" in caplog.text
 
 
 # --- penalties --------------------------------------------------------------------------------------------------------

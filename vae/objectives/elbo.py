@@ -45,6 +45,8 @@ class Objective(nn.Module):
     unpackable: str | None = "it does not say that it can be packed, by unpackable = None"
     #: What forbids that several batches make one step (`trainer.accumulate_grad_batches`), or None where they may.
     unaccumulable: str | None = None
+    #: How many batches are trained on before all parts of it count.
+    start_step = 0
 
     def __init__(self, beta: float = 1.0, schedule: nn.Module | None = None) -> None:
         super().__init__()
