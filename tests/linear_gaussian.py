@@ -27,10 +27,10 @@ class Encoder(nn.Module):
 class Decoder(networks.Decoder):
     def __init__(self, weight: Tensor, bias: Tensor, shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.weight, self.bias, self.shape = nn.Parameter(weight), nn.Parameter(bias), shape
+        self.weight, self.bias, self.image_shape = nn.Parameter(weight), nn.Parameter(bias), shape
 
     def forward(self, z: Tensor) -> Tensor:
-        return (z @ self.weight.T + self.bias).unflatten(-1, (1, *self.shape))
+        return (z @ self.weight.T + self.bias).unflatten(-1, (1, *self.image_shape))
 
 
 class LinearGaussian:

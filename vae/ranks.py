@@ -13,7 +13,7 @@ mean over ranks of a parameter's gradient is right wherever the parameter is use
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,16 +73,20 @@ def joined(x: Tensor, n: int, dim: int = 0) -> Tensor:
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over ranks. A parameter without one must be so on every rank."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    average([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over ranks."""
     by_type: dict[torch.dtype, list[Tensor]] = {}
-    for gradient in gradients:
-        by_type.setdefault(gradient.dtype, []).append(gradient)
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
     for group in by_type.values():
-        flat = torch.cat([gradient.flatten() for gradient in group])
+        flat = torch.cat([tensor.flatten() for tensor in group])
         dist.all_reduce(flat)
         flat /= world_size()
-        for gradient, part in zip(group, flat.split([gradient.numel() for gradient in group]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ SMALL = ["data.limit=64", "data.batch_size=32", "evaluation.nll_samples=5", "thr
 SMALL += ["callbacks=minimal", "network.hidden=[16]", "model.latent_dim=4"]
 OF_OBJECTIVE = {
     "factor_vae": ["objective.hidden=[8]"],
+    "adversarial": ["objective.channels=[4]", "objective.penalty=lecam"],
     "iwae": ["objective.samples=3"],
     "dreg": ["objective.samples=3"],
     "ciwae": ["objective.samples=3"],
@@ -207,9 +208,11 @@ def after_steps(data, module, shared):
     return found, module.state_dict()
 
 
-@pytest.mark.parametrize("schedule", ["control", "geco"])
-def test_a_discriminator_and_a_controller_stay_equal_on_all_ranks(tmp_path, schedule):
-    case = ["objective=factor_vae", "objective.hidden=[8]", f"objective/schedule={schedule}"]
+@pytest.mark.parametrize(
+    ("objective", "schedule"), [("factor_vae", "control"), ("factor_vae", "geco"), ("adversarial", "control")]
+)
+def test_a_discriminator_and_a_controller_stay_equal_on_all_ranks(tmp_path, objective, schedule):
+    case = [f"objective={objective}", *OF_OBJECTIVE[objective], f"objective/schedule={schedule}"]
     data, module = build(quickly(*case, "objective.schedule.target=5", "data.batch_size=9", "optimizer.lr=0.01"))
     everyones = together(after_steps, 2, tmp_path, data, module, True)
     losses, state = after_steps(data, module, False)

@@ -23,6 +23,7 @@ from vae.engine.module import VAEModule
 from vae.engine.run import _fit_and_test, evaluate, train
 from vae.errors import VAEError
 from vae.files import remove_leftovers
+from vae.objectives.adversarial import Adversarial
 from vae.objectives.capacity import Capacity
 from vae.objectives.dip_vae import DIPVAEI
 from vae.objectives.elbo import BetaVAE
@@ -200,6 +201,7 @@ def test_the_validation_loss_moves_with_a_controller_or_an_adversary_and_with_no
     for schedule in (GECO(1.0), ControlVAE(1.0), AdaptiveKL(1.0)):
         assert BetaVAE(schedule=schedule).loss_moves == f"{type(schedule).__name__} changes the weight on the KL"
     assert "discriminator" in FactorVAE(3, hidden=[4]).loss_moves
+    assert "discriminator" in Adversarial().loss_moves
 
 
 def test_beside_a_discriminator_the_last_weights_are_tested(tiny, tmp_path):

@@ -47,6 +47,12 @@ def test_rows_of_a_killed_run_are_kept_and_none_is_there_twice(tiny, tmp_path):
 
 FAMILIES = {
     "factor_vae": ["objective=factor_vae", "objective.hidden=[8]"],
+    "adversarial": [
+        "objective=adversarial",
+        "objective.channels=[4]",
+        "objective.penalty=lecam",
+        "objective.start_step=5",
+    ],
     "geco": ["objective/schedule=geco", "objective.schedule.target=20"],
     "control": ["objective/schedule=control", "objective.schedule.target=2"],
     "m2": ["objective=m2", "+data.labeled=20"],

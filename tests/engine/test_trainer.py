@@ -21,6 +21,7 @@ from vae.engine.loggers import log_picture
 from vae.engine.run import train
 from vae.engine.trainer import set_threads, trainer_options, warn_of_unreached_weight
 from vae.errors import VAEError
+from vae.objectives.elbo import BetaVAE
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ class Late(Schedule):
 )
 def test_a_weight_that_training_does_not_reach_is_told_with_both_numbers(schedule, last, end, caplog):
     """A run of ten steps, whose last is step 9."""
-    warn_of_unreached_weight(SimpleNamespace(schedule=schedule), 10)
+    warn_of_unreached_weight(BetaVAE(schedule=schedule), 10)
     if last is None:
         assert not caplog.records
     else:

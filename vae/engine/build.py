@@ -90,6 +90,7 @@ def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "init"))
         objective: Objective = instantiate(config.objective, "objective")
+        _require_steps_of_one_batch(objective, config)
         vae = assemble(config, image_facts(data, objective), images, instantiate)
         data.require_fit(vae.likelihood)
         objective.setup(vae, data)
@@ -114,6 +115,15 @@ def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEM
         nll_samples=config.evaluation.nll_samples,
     )
     return data, module
+
+
+def _require_steps_of_one_batch(objective: Objective, config: DictConfig) -> None:
+    together = OmegaConf.select(config, "trainer.accumulate_grad_batches")
+    if objective.unaccumulable and together not in (None, 1):
+        raise VAEError(
+            f"trainer.accumulate_grad_batches={together}: {type(objective).__name__} {objective.unaccumulable}, so that "
+            "batches cannot be added up: raise data.batch_size instead."
+        )
 
 
 def run_length(trainer: DictConfig, data: ImageDataModule) -> tuple[float, float]:

@@ -187,7 +187,13 @@ def stay_inside(folder: Path, trainer: pl.Trainer) -> None:
 
 
 def warn_of_unreached_weight(objective: Objective, steps: float) -> None:
-    """Say so where a schedule has not ended when a run of so many steps has: validation and test use its end."""
+    """Say so where a schedule has not ended when a run of so many steps has: validation and test use its end; and where a
+    part of the objective has not even started."""
+    if objective.start_step >= steps:
+        logging.getLogger(__name__).warning(
+            f"objective.start_step={objective.start_step:,} is never reached in {steps:,} training steps: train for longer, or "
+            "let it start sooner."
+        )
     schedule = objective.schedule
     if schedule.learns or steps == math.inf:
         return

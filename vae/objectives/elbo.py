@@ -44,6 +44,10 @@ class Objective(nn.Module):
     #: each number that is state is a buffer, no Python branch looks at the value of a tensor, no hook is put on one, and
     #: every draw comes from `generator`, of a shape that no tensor's values decide.
     unpackable: str | None = "it does not say that it can be packed, by unpackable = None"
+    #: What forbids that several batches make one step (`trainer.accumulate_grad_batches`), or None where they may.
+    unaccumulable: str | None = None
+    #: How many batches are trained on before all parts of it count.
+    start_step = 0
 
     def __init__(self, beta: float = 1.0, schedule: nn.Module | None = None) -> None:
         super().__init__()
