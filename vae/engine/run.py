@@ -40,7 +40,7 @@ from vae.engine.folder import (
     refuse_foreign_checkpoint,
     refuse_other_training,
 )
-from vae.engine.loggers import begin, require_packages
+from vae.engine.loggers import KEPT, begin, require_packages
 from vae.engine.module import Means, VAEModule
 from vae.engine.per_image import write_per_image
 from vae.engine.search import Pruned
@@ -117,6 +117,8 @@ def train(
         checkpoint = last if going_on and last.is_file() else None
         if checkpoint is None:
             discard(folder)
+        if resume is not True:
+            (folder / KEPT).unlink(missing_ok=True)
         _write_settings(folder, config, overrides)
         write_json(folder / "environment.json", environment())
         status = {"state": "running", "reason": None, "started": now(), "seconds": 0.0, "epochs": 0}
