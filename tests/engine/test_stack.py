@@ -152,6 +152,8 @@ def test_every_objective_is_tried_here_or_says_why_it_cannot_be_packed(tiny):
 
 PARTS = [
     ["prior=realnvp"],
+    ["prior=mixture"],
+    ["prior=vampprior", "prior.pseudo_inputs=7"],
     ["prior=two_layer", "posterior=two_layer"],
     ["posterior=iaf"],
     ["posterior=planar"],
