@@ -53,6 +53,9 @@ def test_a_run_is_called_by_its_folder_unless_it_has_a_name(tiny, tmp_path, monk
     _, named = make_loggers(config, tmp_path / "seed=1")
     assert getattr(named, name) == "seed=1"
     assert named.save_dir == str(tmp_path / "seed=1")
+    assert not hasattr(named, "reinit")
+    monkeypatch.setattr("vae.engine.turns.CURRENT", object())  # where runs take turns
+    assert getattr(make_loggers(config, tmp_path)[1], "reinit", None) == {"wandb": "create_new"}.get(group)
     config.logger[group][name] = "mine"
     assert getattr(make_loggers(config, tmp_path)[1], name) == "mine"
 
