@@ -513,6 +513,8 @@ def test_mixture_density_of_needles_far_from_the_origin_is_exact():
     torch.testing.assert_close(value, -0.5 * distance + 30 - math.log(2 * math.pi))
     single = GaussianMixture(torch.zeros(1), mean, torch.full((1, 2), -300.0)).log_prob(mean)
     assert single.item() == pytest.approx(300 - math.log(2 * math.pi))
+    beyond = GaussianMixture(torch.zeros(1), torch.zeros(1, 2), torch.full((1, 2), -800.0))  # of a precision of inf
+    assert beyond.log_prob(torch.zeros(2)).item() == pytest.approx(800 - math.log(2 * math.pi))
 
 
 def test_mixture_density_is_the_same_by_products_and_by_blocks(noise):

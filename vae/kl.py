@@ -243,7 +243,7 @@ class GaussianMixture(NamedTuple):
         furthest = z.detach().abs().reshape(-1, z.shape[-1]).amax(0) if z.numel() else z.new_zeros(z.shape[-1])
         largest = (precision * (furthest + mean.abs()).square()).detach().sum(-1).amax()
         try:
-            cancels = bool(largest * torch.finfo(wide).eps >= 1e-6)
+            cancels = not bool(largest * torch.finfo(wide).eps < 1e-6)  # a NaN does
         except RuntimeError:  # of torch.vmap, under which no branch may look at a value
             if len(mean) > MOST_IN_VMAP:
                 raise
