@@ -466,6 +466,19 @@ def test_shares_out_of_range_are_refused():
 # --- Monte Carlo ------------------------------------------------------------------------------------------------------
 
 
+def test_mixtures_of_few_components_under_vmap_are_each_by_itself():
+    noise = torch.Generator().manual_seed(0)
+    parts = [torch.randn(shape, generator=noise, dtype=torch.float64) for shape in ((3, 4), (3, 4, 2), (3, 4, 2))]
+    x = torch.randn(3, 5, 2, generator=noise, dtype=torch.float64)
+    together = torch.vmap(lambda *of_one: GaussianMixture(*of_one[:3]).log_prob(of_one[3]))(*parts, x)
+    for run in range(3):
+        own = GaussianMixture(*(part[run] for part in parts)).log_prob(x[run])
+        torch.testing.assert_close(together[run], own, rtol=1e-13, atol=1e-13)
+    many = torch.zeros(2, 65), torch.zeros(2, 65, 2), torch.zeros(2, 65, 2)
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        torch.vmap(lambda *of_one: GaussianMixture(*of_one).log_prob(torch.zeros(2)))(*many)
+
+
 def mixture(weights, means, deviations) -> GaussianMixture:
     to = torch.float64
     return GaussianMixture(
@@ -500,6 +513,8 @@ def test_mixture_density_of_needles_far_from_the_origin_is_exact():
     torch.testing.assert_close(value, -0.5 * distance + 30 - math.log(2 * math.pi))
     single = GaussianMixture(torch.zeros(1), mean, torch.full((1, 2), -300.0)).log_prob(mean)
     assert single.item() == pytest.approx(300 - math.log(2 * math.pi))
+    beyond = GaussianMixture(torch.zeros(1), torch.zeros(1, 2), torch.full((1, 2), -800.0))  # of a precision of inf
+    assert beyond.log_prob(torch.zeros(2)).item() == pytest.approx(800 - math.log(2 * math.pi))
 
 
 def test_mixture_density_is_the_same_by_products_and_by_blocks(noise):

@@ -16,7 +16,7 @@ def main(config: DictConfig) -> None:
 
     with sentences():
         from vae.engine.folder import read_metrics
-        from vae.engine.run import measure
+        from vae.engine.measuring import measure
         from vae.files import named
 
         changes = {name: config[name] for name in ("nll_samples", "accelerator", "threads") if config[name] is not None}

@@ -220,6 +220,9 @@ class Samplable(Protocol):
     def log_prob(self, x: Tensor) -> Tensor: ...
 
 
+MOST_IN_VMAP = 64  # components: a block of more is slower than each mixture by itself
+
+
 class GaussianMixture(NamedTuple):
     """sum_k softmax(logits)_k N(mean_k, diag exp(log_var_k)). Shapes: logits (K,), mean and log_var (K, D)."""
 
@@ -231,14 +234,21 @@ class GaussianMixture(NamedTuple):
         """log density in nats: x (..., D) -> (...).
 
         The squares are expanded into matrix products, twenty times faster than a block (..., K, D) for large K; in
-        float64, because the products cancel. Where they would cancel to less than 1e-6 nats, the block is made.
+        float64, because the products cancel. Where they would cancel to less than 1e-6 nats, the block is made; so it is
+        under torch.vmap, which takes up to MOST_IN_VMAP components.
         """
         wide = x.dtype if x.device.type == "mps" else torch.float64  # which has no float64
         z, mean, log_var = x.to(wide), self.mean.to(wide), self.log_var.to(wide)
         precision = torch.exp(-log_var)
         furthest = z.detach().abs().reshape(-1, z.shape[-1]).amax(0) if z.numel() else z.new_zeros(z.shape[-1])
         largest = (precision * (furthest + mean.abs()).square()).detach().sum(-1).amax()
-        if largest * torch.finfo(wide).eps < 1e-6:
+        try:
+            cancels = not bool(largest * torch.finfo(wide).eps < 1e-6)  # a NaN does
+        except RuntimeError:  # of torch.vmap, under which no branch may look at a value
+            if len(mean) > MOST_IN_VMAP:
+                raise
+            cancels = True
+        if not cancels:
             squares = z.square() @ precision.T - 2 * z @ (precision * mean).T + (precision * mean.square()).sum(-1)
         else:
             squares = scaled_square(z.unsqueeze(-2) - mean, log_var).sum(-1)

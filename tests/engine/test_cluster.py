@@ -178,6 +178,31 @@ def test_a_run_whose_node_is_lost_or_that_is_preempted_goes_on_as_one_never_stop
 
 
 @pytest.mark.slurm
+def test_runs_that_meet_their_time_limit_are_queued_again_and_go_on_from_their_last_checkpoint(slurm, tmp_path):
+    folder = tmp_path / "sweep"
+    limits = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=20"]  # Slurm tells up to a minute earlier
+    options = [*limits, "trainer.max_epochs=100000", "callbacks.interruptible.every_n_steps=50", "seed=0,1"]
+    process = sweep(folder, *options, environment=slurm.environment, launcher="submitit_slurm")
+    runs = [folder / f"seed={seed}" for seed in (0, 1)]
+
+    def went_on(run):
+        log = run / "train.log"
+        return re.search(r"goes on from step ([\d,]+)", log.read_text() if log.is_file() else "")
+
+    slurm.wait_for(lambda: all(map(went_on, runs)), 900)
+    for run in runs:
+        step = int(went_on(run)[1].replace(",", ""))
+        slurm.wait_for(lambda run=run, step=step: weights(run)[0] > step)  # nothing of it was taken again
+        assert step >= 50
+        assert status(run)["state"] == "running"
+        assert "Requeued job" in (run / "train.log").read_text()
+    number = next(iter(slurm.asked("squeue", "--noheader", "--array", "--format=%i %T"))).partition("_")[0]
+    subprocess.run(["scancel", number], env=slurm.environment, check=True)
+    printed = ended(process)
+    assert (process.returncode, "2 runs: 2 failed." in printed) == (1, True), printed
+
+
+@pytest.mark.slurm
 def test_a_partition_that_does_not_exist_is_told_in_a_sentence(slurm, tmp_path):
     options = ["hydra.launcher.partition=nowhere", "seed=0,1"]
     process = sweep(tmp_path / "sweep", *options, environment=slurm.environment, launcher="submitit_slurm")

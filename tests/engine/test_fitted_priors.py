@@ -13,7 +13,8 @@ from PIL import Image
 import vae
 from vae.engine.fitted_priors import aggregate, fit_prior
 from vae.engine.folder import read_json
-from vae.engine.run import measure, train
+from vae.engine.measuring import measure
+from vae.engine.run import train
 from vae.errors import VAEError
 from vae.evaluation.likelihood import log_likelihood
 

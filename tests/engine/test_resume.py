@@ -411,7 +411,19 @@ def test_images_of_ones_own_may_be_moved_and_other_images_in_another_place_are_a
     assert longer == trained(tiny(*after, "trainer.max_epochs=2"), tmp_path / "one", after)
 
 
-def test_an_absent_setting_is_null():
+def test_an_absent_setting_is_null_or_the_default_of_an_option_that_was_added():
     absent, null = {"seed": 0}, {"compile": None, "seed": 0}
     assert differences(null, absent) == differences(absent, null) == {}
     assert differences(absent, {"compile": True, "seed": 0}) == {"compile": (None, True)}
+    assert differences(absent, {"compile": False, "seed": 0}) == {}
+    assert differences({"threads": 2}, {}) == {"threads": (2, None)}
+    adam = {"_target_": "torch.optim.Adam", "lr": 0.1}
+    for old, options, changed in (
+        (adam, {"betas": [0.9, 0.999], "eps": 1e-8}, []),
+        (adam, {"betas": [0.9, 0.99]}, ["optimizer.betas"]),
+        (adam, {"speed": 1}, ["optimizer.speed"]),
+        (adam, {"_target_": "torch.optim.AdamW", "eps": 1e-8}, ["optimizer._target_", "optimizer.eps"]),
+        ({**adam, "betas": None}, {"betas": [0.9, 0.999]}, ["optimizer.betas"]),
+        (None, adam, ["optimizer._target_", "optimizer.lr"]),
+    ):
+        assert [*differences({"optimizer": old}, {"optimizer": {**(old or {}), **options}})] == changed

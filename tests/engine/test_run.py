@@ -139,6 +139,17 @@ def test_bad_settings_are_refused_in_a_sentence(override, sentence, tiny, tmp_pa
         train(tiny(override), tmp_path, [], progress_bar=False)
 
 
+def test_threads_auto_is_one_thread_whatever_the_machine_and_the_run_says_so(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    torch.set_num_threads(2)
+    try:
+        train(tiny("threads=auto", "logger=none"), tmp_path, [], progress_bar=False)
+        assert torch.get_num_threads() == 1  # and so a run with it takes what one with threads=1 does
+        assert json.loads((tmp_path / "environment.json").read_text())["threads"] == 1
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_a_diverged_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
     # a learning rate that grows a thousandfold each epoch: the first epoch is harmless, a later one explodes
     config = tiny(

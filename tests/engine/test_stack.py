@@ -156,6 +156,8 @@ SPATIAL = ["network=autoencoder_kl", "network.block_out_channels=[4,4]", "networ
 SPATIAL += ["model.latent_dim=32"]
 PARTS = [
     ["prior=realnvp"],
+    ["prior=mixture"],
+    ["prior=vampprior", "prior.pseudo_inputs=7"],
     ["prior=two_layer", "posterior=two_layer"],
     ["posterior=iaf"],
     ["posterior=planar"],

@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import composed
 
+from vae.engine.searching import _may_differ, terms_of
 from vae.engine.study import Search, Terms, differing, summary_of
 from vae.engine.study_file import NAME, STUDY, check_file, load_study, require_optuna
 from vae.errors import VAEError
@@ -187,6 +189,17 @@ def test_two_processes_never_have_one_trial_and_what_one_leaves_the_other_takes_
     assert not list(tmp_path.glob(".worker-*"))
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
+def test_a_search_goes_on_with_another_number_of_jobs_and_no_trial_is_left_or_run_twice(before, after, tmp_path):
+    agreed = terms(sampler="random")
+    assert killed_at(15, tmp_path, agreed, 7, before)
+    ran = []
+    done = [trial.number for trial in load_study(tmp_path / STUDY).trials if trial.state.name == "COMPLETE"]
+    found = searched(tmp_path, agreed, 7, after, job=lambda parameters: ran.append(parameters) or bowl(parameters))
+    assert found == proposed("random", 7)
+    assert len(ran) == 7 - len(done)
+
+
 def proposed(sampler, n, space=SPACE, seed=3):
     """The first n proposals of a study in memory, all trials being equally good."""
     study = optuna.create_study(sampler=make_sampler(sampler, {}, seed, space, ["minimize"]))
@@ -290,9 +303,31 @@ def test_a_study_of_another_search_is_left_as_it_is(tmp_path):
         VAEError, match=r"study\.db is of another search: sweep_metric is val/loss there and val/elbo now"
     ):
         Search(tmp_path, terms(**{**config, "metrics": ["val/elbo"]}))
-    search = Search(tmp_path, terms(**OTHERS[-1][0]), taken_over=lambda: ("threads",))
+    search = Search(tmp_path, terms(**OTHERS[-1][0]), may_differ=lambda: lambda key, *_: key == "threads")
     assert [trial.params for trial in search.trials()] == before
     search.close()
+
+
+def test_a_study_goes_on_where_a_newer_version_added_a_setting_at_its_default(tmp_path):
+    now = terms_of(composed(), {}, "tpe", {}, 0, None, {}).config
+    added = ("optimizer.betas", "trainer.gradient_clip_val", "trainer.check_val_every_n_epoch", "compile")
+    earlier = {key: value for key, value in now.items() if key not in added}
+    searched(tmp_path, terms(config=earlier), 1)
+    for other, said in (
+        ({}, None),
+        ({"optimizer.betas": [0.5, 0.9]}, "optimizer.betas is null there"),
+        ({"trainer.check_val_every_n_epoch": 2}, "trainer.check_val_every_n_epoch is null there and 2 now"),
+        ({"compile": True}, None),  # which is taken over
+        ({"model.unknown": 1}, "model.unknown is null there and 1 now"),
+        ({"callbacks.ema.decay": 0.999}, "callbacks.ema.decay is null there"),  # an option was not added to it
+        ({"lr_schedule._target_": "vae.engine.lr_schedule.Cosine"}, "lr_schedule._target_ is null there"),
+    ):
+        agreed = terms(config={**now, **other})
+        if said is None:
+            Search(tmp_path, agreed, may_differ=_may_differ).close()
+        else:
+            with pytest.raises(VAEError, match=re.escape(said)):
+                Search(tmp_path, agreed, may_differ=_may_differ)
 
 
 def test_a_file_that_is_no_study_is_told_and_left(tmp_path):

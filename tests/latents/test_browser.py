@@ -5,23 +5,17 @@ from __future__ import annotations
 import base64
 import io
 import os
-import sys
 from pathlib import Path
 
+import chromium
 import numpy as np
 import pytest
+from chromium import TAB
 from PIL import Image
 
 import vae
 
-sys.path.insert(0, str(Path(__file__).parent))
-import chromium
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(chromium.found() is None, reason="needs Chromium: apt install chromium, or CHROMIUM=path"),
-]
-TAB = "[...document.querySelectorAll('iframe')].map((f) => f.contentDocument).find((d) => d?.querySelector('.panels'))"
+pytestmark = chromium.MARKS
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +68,7 @@ def page(tmp_path_factory):
 @pytest.fixture
 def tab(page, tensorboard):
     """The tab, its first run open."""
-    page.open(f"{tensorboard}#latents")
-    page.until(
-        f"{TAB}?.querySelector('.panel .shown')?.src?.length > 30 && {TAB}.querySelectorAll('.legend span').length"
-    )
-    return page
+    return page.open_latents(tensorboard)
 
 
 def box(page, selector):

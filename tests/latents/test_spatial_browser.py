@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import chromium
 import numpy as np
 import pytest
+from chromium import TAB
 
-sys.path.insert(0, str(Path(__file__).parent))
-import chromium
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(chromium.found() is None, reason="needs Chromium: apt install chromium, or CHROMIUM=path"),
-]
-TAB = "[...document.querySelectorAll('iframe')].map((f) => f.contentDocument).find((d) => d?.querySelector('.panels'))"
+pytestmark = chromium.MARKS
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +28,7 @@ def tab(tmp_path_factory):
     train(composed(*settings), folder / "run", settings, progress_bar=False)
     page = chromium.Page(tmp_path_factory.mktemp("profile"))
     with chromium.tensorboard(folder, tmp_path_factory.mktemp("site")) as address:
-        page.open(f"{address}#latents")
-        page.until(
-            f"{TAB}?.querySelector('.panel .shown')?.src?.length > 30 && {TAB}.querySelectorAll('.legend span').length"
-        )
-        yield page
+        yield page.open_latents(address)
     page.close()
 
 

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import vae
 from vae.cli import TRANSIENT, command_line
-from vae.engine.stored import renewed
+from vae.engine.stored import is_addition, renewed
 from vae.errors import VAEError
 from vae.files import refuse_aliases
 
@@ -163,11 +163,11 @@ class OtherTraining(VAEError):
 
 
 def differences(stored: dict[str, Any], settled: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings of the run in which two configs differ, by dotted key. Absent is null; where a data set of ours lies is
-    no setting."""
+    """The settings of the run in which two configs differ, by dotted key. Absent is null, or the default of an option that a
+    newer version added; where a data set of ours lies is no setting."""
     old, new = (settings(without_data_root(config)) for config in (stored, settled))
-    keys = [key for key in {**old, **new} if key not in TRANSIENT]
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+    keys = [key for key in {**old, **new} if key not in TRANSIENT and old.get(key) != new.get(key)]
+    return {key: (old.get(key), new.get(key)) for key in keys if not is_addition(key, old, new)}
 
 
 def refuse_other_training(folder: Path, stored: dict[str, Any], changed: dict[str, tuple[Any, Any]]) -> bool:

@@ -21,7 +21,6 @@ from vae.engine.build import build, build_data, run_length
 from vae.engine.callbacks.records import Reporter
 from vae.engine.checkpoints import choose_weights, load_weights, reached
 from vae.engine.devices import Crew, crew, refuse_what_depends_on_rows
-from vae.engine.fitted_priors import MEASURED, likelihood_under, read_prior
 from vae.engine.folder import (
     MEASURING,
     begins_with,
@@ -40,12 +39,11 @@ from vae.engine.folder import (
     refuse_foreign_checkpoint,
     refuse_other_training,
 )
-from vae.engine.loggers import begin, require_packages
+from vae.engine.loggers import KEPT, begin, require_packages
 from vae.engine.module import Means, VAEModule
 from vae.engine.per_image import write_per_image
 from vae.engine.search import Pruned
 from vae.engine.trainer import (
-    ACCELERATORS,
     backend,
     build_trainer,
     device_count,
@@ -54,9 +52,7 @@ from vae.engine.trainer import (
     trainer_options,
     warn_of_unreached_weight,
 )
-from vae.errors import VAEError, choose, whole
-from vae.evaluation.likelihood import MOST_SAMPLES
-from vae.evaluation.measures import MEASURES, check_options
+from vae.errors import VAEError, choose
 from vae.evaluation.work import Work
 from vae.files import is_disk_full, remove_leftovers, write_json, write_text
 from vae.objectives.labels import require_labels
@@ -117,6 +113,8 @@ def train(
         checkpoint = last if going_on and last.is_file() else None
         if checkpoint is None:
             discard(folder)
+        if resume is not True:
+            (folder / KEPT).unlink(missing_ok=True)
         _write_settings(folder, config, overrides)
         write_json(folder / "environment.json", environment())
         status = {"state": "running", "reason": None, "started": now(), "seconds": 0.0, "epochs": 0}
@@ -278,14 +276,14 @@ def load(folder: Path, **changes: Any) -> tuple[DictConfig, ImageDataModule, VAE
 def evaluate(folder: Path, split: str = "test", **changes: Any) -> dict[str, float]:
     """The metrics of a finished run, recomputed from its best checkpoint; equal to those that training wrote."""
     _check_split(split)
-    return {name: value for part in _likelihood(*load(folder, **changes), split) for name, value in part.items()}
+    return {name: value for part in likelihood_of(*load(folder, **changes), split) for name, value in part.items()}
 
 
 def _check_split(split: str) -> None:
     choose("split", split, Splits._fields)
 
 
-def _likelihood(
+def likelihood_of(
     config: DictConfig, data: ImageDataModule, module: VAEModule, split: str, progress_bar: bool = False
 ) -> Iterator[dict[str, float]]:
     """What `evaluate` returns, what is quick first: the ELBO and what goes with it, then the importance-weighted bound."""
@@ -306,69 +304,3 @@ def _likelihood(
             totals.add(module.mean_nll(batch, work), weight=len(batch.x))
     module.to(before)
     yield {f"{split}/{name}": float(value) for name, value in totals.compute().items()}
-
-
-def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -> dict[str, float]:
-    """The measures that `options["measures"]` names, each with its own entry of `options` as keyword arguments.
-
-    Each is kept in evaluation-SPLIT.json as soon as it is there, beside what earlier calls measured, and the likelihood of
-    each image in per_image-SPLIT.npz: an interruption, or a measure that makes no sense for the model or the data, costs none
-    of the others. Raises VAEError that says which those are, and for a measure or an option that does not exist.
-    """
-    names, known = options["measures"], ("likelihood", *MEASURES)
-    names = [names] if isinstance(names, str) else names
-    if not names:
-        raise VAEError(f"measures={names} names nothing to measure: choose from {', '.join(known)}.")
-    if unknown := [name for name in names if name not in known]:
-        raise VAEError(f"measures={unknown} is unknown: choose from {', '.join(known)}.")
-    _check_split(split)
-    whole("nll_samples", changes.get("nll_samples"), least=0, most=MOST_SAMPLES, optional=True)
-    choose("accelerator", changes.get("accelerator", "auto"), ACCELERATORS)
-    for name in names:
-        check_options(name, options.get(name) or {})
-    fitted = options.get("fitted_prior")
-    if fitted is not None and (other := [name for name in names if name not in MEASURED]):
-        raise VAEError(f"measures={other} does not go with fitted_prior={fitted}: choose from {', '.join(MEASURED)}.")
-    run, path = load(folder, **changes), folder / f"evaluation-{split}.json"
-    if fitted is not None:
-        run[2].vae.prior = read_prior(folder, str(fitted), run[2].vae)
-    results: dict[str, float] = {}
-    refused = []
-    for name in names:
-        try:
-            for part in _measured(name, *run, split, options):
-                results |= part
-                write_json(path, {**read_json(path), **part})
-                if name == "likelihood" and fitted is None:
-                    write_per_image(folder, split, run[2].per_image, run[2].vae, again=True)
-        except VAEError as error:
-            refused.append(str(error))
-        except (KeyboardInterrupt, SystemExit) as error:  # Lightning makes the second of the first
-            kept = f"what was measured before is in {path}" if results else "nothing was measured"
-            raise VAEError(f"Interrupted while measuring {name}: {kept}.") from error
-    if refused:
-        raise VAEError(" ".join(refused) + (f" What else was asked for is in {path}." if results else ""))
-    return results
-
-
-def _measured(
-    name: str, config: DictConfig, data: ImageDataModule, module: VAEModule, split: str, options: dict[str, Any]
-) -> Iterator[dict[str, float]]:
-    """The parts of one measure, as they are finished."""
-    show, fitted = options.get("progress_bar", False), options.get("fitted_prior")
-    prefix = split if fitted is None else f"{split}/priors/{fitted}"
-    if name == "likelihood" and fitted is None:
-        yield from _likelihood(config, data, module, split, show)
-        return
-    if name == "likelihood":
-        vae, samples = module.vae.to(build_trainer(config).strategy.root_device), module.nll_samples
-        data.test_split = split
-        with Work(f"nll_samples={samples}", show) as work:
-            work.expect(module.nll_steps(data.test_dataloader()) if samples else 0)
-            for part in likelihood_under(vae, data, split, samples, work):
-                yield {f"{prefix}/{key}": value for key, value in part.items()}
-        return
-    require_labels(module.vae, data, split)
-    with Work(name, show) as work:
-        found = MEASURES[name](module.vae, data, split, work, **(options.get(name) or {}))
-    yield {f"{prefix}/{name}/{key}": value for key, value in found.items()}

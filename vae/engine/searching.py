@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vae.cli import TRANSIENT, resuming
 from vae.engine.search import metrics_of, sweep_directions
 from vae.engine.space import as_text, search_space
-from vae.engine.study import Search, Terms, Trial
+from vae.engine.study import MayDiffer, Search, Terms, Trial
 from vae.engine.study_file import require_optuna
 from vae.errors import VAEError, whole
 
@@ -70,7 +70,7 @@ def search(
     folder = Path(config.hydra.sweep.dir)
     terms = terms_of(first, space, sampler, sampler_options or {}, seed, pruner, pruner_options or {})
 
-    mine = Search(folder, terms, jobs.subdir, _taken_over)
+    mine = Search(folder, terms, jobs.subdir, _may_differ)
     OmegaConf.save(config, folder / "multirun.yaml")
     most = n_jobs or side_by_side(config)
     try:
@@ -87,10 +87,11 @@ def search(
         mine.close()
 
 
-def _taken_over() -> Sequence[str]:
-    from vae.engine.folder import TAKEN_OVER  # imports torch: only where two searches differ
+def _may_differ() -> MayDiffer:
+    from vae.engine.folder import TAKEN_OVER, begins_with  # imports torch: only where two searches differ
+    from vae.engine.stored import is_addition
 
-    return TAKEN_OVER
+    return lambda key, there, now: begins_with(key, TAKEN_OVER) or is_addition(key, there, now)
 
 
 def side_by_side(config: DictConfig) -> int:

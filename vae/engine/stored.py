@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 import torch
+from omegaconf import OmegaConf
 
+from vae.cli import CONFIGS
 from vae.errors import VAEError
 
 #: Where classes that configs of earlier versions name have gone, by the beginning of their `_target_`.
@@ -52,6 +57,23 @@ def _renewed_target(target: str) -> str:
         if target.startswith(old):
             return new + target.removeprefix(old)
     return target
+
+
+def is_addition(key: str, stored: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a setting of `now` that `stored` (both flat) lacks says what its absence does: a newer version added it, at the
+    default of what takes it, the class beside it or conf/train.yaml."""
+    parent, _, name = key.rpartition(".")
+    beside = f"{parent}._target_"
+    if key in stored or key not in now or stored.get(beside) != now.get(beside):
+        return False
+    target = "pytorch_lightning.Trainer" if parent == "trainer" else now.get(beside)
+    if target is None:
+        return bool(OmegaConf.select(OmegaConf.load(Path(CONFIGS) / "train.yaml"), key) == now[key])
+    try:
+        default = inspect.signature(hydra.utils.get_object(target)).parameters[name].default
+    except (ImportError, KeyError, TypeError, ValueError):
+        return False
+    return bool((list(default) if isinstance(default, tuple) else default) == now[key])
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

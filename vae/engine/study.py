@@ -69,12 +69,16 @@ class Trial:
     folder: str
 
 
-def differing(there: Mapping[str, Any], now: Mapping[str, Any], taken_over: Sequence[str] = ()) -> str | None:
-    """In words, the first thing in which two searches differ; None where they are one."""
+#: Whether a setting may be another than the study began with: its key, and the flat configs of then and now.
+MayDiffer = Callable[[str, Mapping[str, Any], Mapping[str, Any]], bool]
+
+
+def differing(there: Mapping[str, Any], now: Mapping[str, Any], may: MayDiffer = lambda *_: False) -> str | None:
+    """In words, the first thing in which two searches differ and which may not; None where they are one."""
     for name in ("space", "config"):
         one, two = there.get(name, {}), now.get(name, {})
         for key in sorted({*one, *two}):
-            if one.get(key) != two.get(key) and not any(key == n or key.startswith(f"{n}.") for n in taken_over):
+            if one.get(key) != two.get(key) and not (name == "config" and may(key, one, two)):
                 words = [_in_words(side.get(key), name) for side in (one, two)]
                 return f"{key} is {words[0]} there and {words[1]} now"
     names = {"metrics": "sweep_metric", "directions": "sweep_direction"}
@@ -105,7 +109,7 @@ class Search:
     """This process's part in a search: it asks for trials that nobody else has, and tells what they returned.
 
     folder: of the sweep; the study is made there, or gone on with. folder_of: names the folder of a trial's run within it.
-    taken_over: gives the settings that may differ from those that the study began with. To be closed.
+    may_differ: gives what says of a setting whether it may; called where some do. To be closed.
     Raises VAEError for a study of another search, and for a file that holds none.
     """
 
@@ -114,7 +118,7 @@ class Search:
         folder: Path,
         terms: Terms,
         folder_of: Callable[[int, dict[str, Any]], str] = lambda number, parameters: str(number),
-        taken_over: Callable[[], Sequence[str]] = tuple,
+        may_differ: Callable[[], MayDiffer] = lambda: lambda *_: False,
     ) -> None:
         require_optuna()
         from vae.engine.samplers import make_pruner, make_sampler
@@ -130,7 +134,7 @@ class Search:
                 self._make()
             self.study = load_study(self.path, sampler=sampler, pruner=pruner)
             there = self.study.user_attrs.get("terms", {})
-            if differing(there, terms.stored()) and (difference := differing(there, terms.stored(), taken_over())):
+            if differing(there, terms.stored()) and (difference := differing(there, terms.stored(), may_differ())):
                 raise VAEError(
                     f"{self.path} is of another search: {difference}. Nothing was changed: choose another folder, or ask for "
                     "what is there."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vae.errors import VAEError
-from vae.report.runs import DAMAGED, FINISHED, PRUNED, Run, find_run_folders, parse_scalar, read_run, read_yaml
+from vae.report.missing import missing_runs
+from vae.report.runs import DAMAGED, FINISHED, PRUNED, Run, find_run_folders, parse_scalar, read_run
 from vae.report.values import canonical, format_value, is_number, sort_key
 
 # Where and how a run was made, not what it is.
@@ -20,7 +20,6 @@ _OPERATIONAL_ROOTS = {"hydra", "logger", "run", "resume", "threads", "progress_b
 _OPERATIONAL_LEAF = re.compile(r"(^|_)(dir|dirpath|path|root|folder|file|filename|num_workers)$")
 #: Settings that change the pixels a likelihood is measured on.
 _PIXELS = ("data.binarize", *(f"data.source.{name}" for name in ("size", "crop", "fit", "channels", "subset")))
-MOST_JOBS = 10_000  # of a sweep whose missing runs are named
 LATENT_SIZE = "latent_dim"
 #: Classes of this package that earlier versions, which wrote no facts.json, named as the likelihood: densities.
 _DENSITIES = {
@@ -171,7 +170,7 @@ def read_sweep(folder: str | Path) -> Sweep:
     runs.sort(key=lambda run: (run.data, [sort_key(v) for v in run.settings.values()], sort_key(run.seed), run.name))
     with_results = [run for run in runs if run.state == FINISHED]
     split = next((s for s in ("test", "val") if any(f"{s}/elbo" in run.metrics for run in with_results)), "test")
-    return Sweep(folder, tuple(runs), tuple(swept), in_step, seeds, _missing(folder, runs), split)
+    return Sweep(folder, tuple(runs), tuple(swept), in_step, seeds, missing_runs(folder, runs), split)
 
 
 # ---- what was varied ----
@@ -313,59 +312,6 @@ def _measure(run: Run) -> str:
 def _given(run: Run) -> str:
     """p(x|y) of a model that is given labels is not the p(x) of one that is not."""
     return "labels" if run.facts.get("num_classes") and not run.facts.get("latent_label") else "no labels"
-
-
-# ---- what the sweep asked for and is not there ----
-
-
-def _missing(folder: Path, runs: list[Run]) -> tuple[tuple[str, ...], ...]:
-    """Combinations of Hydra's grid sweep (its multirun.yaml) without a run; () where they cannot be told reliably."""
-    expected = _expected(read_yaml(folder / "multirun.yaml"))
-    common = set.intersection(*map(set, expected)) if expected else set()
-    varied = [tuple(line for line in combination if line not in common) for combination in expected]
-    present = [set(run.overrides) for run in runs]
-    missing = tuple(lines for lines in varied if not any(set(lines) <= there for there in present))
-    # if not one run is recognised, another command line made them
-    return missing if len(missing) < len(expected) else ()
-
-
-def _expected(multirun: Any) -> list[tuple[str, ...]]:
-    """The overrides of each job that Hydra's basic sweeper makes of a multirun.yaml."""
-    try:
-        hydra = multirun["hydra"]
-        if not hydra["sweeper"]["_target_"].endswith("BasicSweeper"):
-            return []
-        lines = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
-        lines += hydra["overrides"]["task"]
-    except (KeyError, TypeError, AttributeError, RecursionError):
-        return []
-    from hydra.core.override_parser.overrides_parser import OverridesParser  # slow to import, and seldom needed
-    from hydra.core.override_parser.types import RangeSweep
-    from hydra.errors import HydraException
-
-    choices: dict[str, list[str]] = {}  # the command line, which comes later, replaces the config
-    try:
-        for override in OverridesParser.create().parse_overrides([str(line) for line in lines]):
-            key = override.get_key_element()
-            if override.is_discrete_sweep():
-                swept = override.value()
-                if isinstance(swept, RangeSweep):  # which Hydra lists whole where it is sorted or shuffled
-                    start, stop, step = (float(end or 0) for end in (swept.start, swept.stop, swept.step))
-                    if abs(stop - start) > MOST_JOBS * abs(step):
-                        return []
-                values = list(itertools.islice(override.sweep_string_iterator(), MOST_JOBS + 1))
-                if len(values) > MOST_JOBS:
-                    return []
-                choices[key] = [f"{key}={value}" for value in values]
-            elif override.is_sweep_override():
-                return []
-            else:
-                choices[key] = [f"{key}={override.get_value_element_as_str()}"]
-    except (HydraException, NotImplementedError, TypeError, ValueError, OverflowError, ArithmeticError):
-        return []
-    if math.prod(len(values) for values in choices.values()) > MOST_JOBS:
-        return []
-    return list(itertools.product(*choices.values()))
 
 
 def states(runs: tuple[Run, ...]) -> Counter[str]:

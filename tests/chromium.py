@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe")
 START = (
@@ -27,6 +29,15 @@ START = (
 def found() -> str | None:
     """Where a Chromium is: $CHROMIUM, or on the path."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+#: Of a module whose tests need one.
+MARKS = [
+    pytest.mark.browser,
+    pytest.mark.skipif(found() is None, reason="needs Chromium: apt install chromium, or CHROMIUM=path"),
+]
+#: The document of the Latents tab.
+TAB = "[...document.querySelectorAll('iframe')].map((f) => f.contentDocument).find((d) => d?.querySelector('.panels'))"
 
 
 class Page:
@@ -122,6 +133,14 @@ class Page:
             time.sleep(0.1)
         return there[0]
 
+    def open_latents(self, tensorboard: str) -> Page:
+        """Open the Latents tab of a TensorBoard, until its first run has its picture and its legend."""
+        self.open(f"{tensorboard}#latents")
+        self.until(
+            f"{TAB}?.querySelector('.panel .shown')?.src?.length > 30 && {TAB}.querySelectorAll('.legend span').length"
+        )
+        return self
+
     def screenshot(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
@@ -138,7 +157,7 @@ def tensorboard(logdir: Path, site: Path) -> Iterator[str]:
 
     site: a new folder.
     """
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     declared = re.search(
         r'\[project\.entry-points\."tensorboard_plugins"\]\n(.*?)\n\n', (root / "pyproject.toml").read_text(), re.S
     )
