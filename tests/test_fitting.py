@@ -9,7 +9,7 @@ from linear_gaussian import LinearGaussian
 from vae.errors import VAEError
 from vae.evaluation.decomposition import elbo_decomposition
 from vae.evaluation.likelihood import ELBOTotals, log_likelihood
-from vae.fitting import Aggregate, FullMixture, fit_flow, fit_gaussian, fit_mixture, fit_vampprior
+from vae.fitting import Aggregate, FullMixture, descend, fit_flow, fit_gaussian, fit_mixture, fit_vampprior
 from vae.gaussian import DiagonalGaussian
 from vae.kl import kl_gaussian_full
 from vae.seeding import generator
@@ -249,6 +249,15 @@ def test_a_flow_starts_as_the_gaussian_and_ends_likelier(kind):
     mean = mass @ grid
     torch.testing.assert_close(drawn.mean(0), mean, rtol=0, atol=0.1)
     torch.testing.assert_close(torch.cov(drawn.T), (grid - mean).T * mass @ (grid - mean), rtol=0.05, atol=0.1)
+
+
+def test_the_rate_falls_to_zero_along_a_line():
+    """Of a constant gradient each step of Adam is its rate: n steps go lr (1 + (1 - 1/n) + ... + 1/n) = lr (n + 1) / 2."""
+    module = torch.nn.Linear(1, 1, bias=False).double()
+    start = module.weight.item()
+    descend(module, torch.zeros(10, 1), lambda batch, _: -module.weight.sum(), epochs=3, batch_size=2, lr=0.1)
+    assert module.weight.item() - start == pytest.approx(0.1 * 16 / 2, abs=1e-5)
+    assert not module.weight.requires_grad
 
 
 def test_maf_reaches_the_entropy_of_a_correlated_gaussian():

@@ -82,6 +82,23 @@ def test_a_flow_prior_starts_as_the_standard_normal_with_its_gradient_alive(flow
     assert all(net(layer).weight.grad.abs().sum() > 0 for layer in prior.layers)
 
 
+def test_each_layer_of_maf_has_the_order_of_the_one_before_reversed():
+    """One layer's Jacobian is triangular; two of them let every latent depend on every other."""
+    z = torch.randn(4, generator=generator("z"), dtype=torch.float64)
+
+    def seen(layers):
+        flow = randomised(MAF(4, layers, (12,)))
+
+        def noise(z):
+            for layer in reversed(flow.layers):
+                z, _ = layer.inverse(z)
+            return z
+
+        return torch.autograd.functional.jacobian(noise, z) != 0
+
+    assert torch.equal(seen(1), torch.ones(4, 4).tril().bool()) and seen(2).all()
+
+
 def vampprior(pseudo_inputs: int = 7):
     exact = LinearGaussian()
     vae, x = exact.vae(), exact.batch(pseudo_inputs).x.sigmoid()

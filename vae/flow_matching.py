@@ -27,7 +27,7 @@ Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def integrate(field: Field, x: Tensor, start: float, end: float, steps: int) -> tuple[Tensor, Tensor]:
     """x (B, D) carried from time `start` to `end`, and the integral of the divergence on its way, (B,).
 
-    The classical Runge-Kutta method of order 4 (Kutta 1901) with equal steps: the error falls as steps^-4.
+    The classical Runge-Kutta method of order 4 with equal steps: the error falls as steps^-4.
     """
     total, h = x.new_zeros(len(x)), (end - start) / steps
     for i in range(steps):
@@ -154,7 +154,7 @@ class FlowMatching(Prior):
     def loss(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """The mean over x (B, D) of |v(x_t, t) - (x - e)|^2 / D at x_t = (1 - t) e + t x, with t uniform and e from N(0, I).
 
-        Lipman et al. 2023, equation 23, with sigma_min = 0: draws of q(z) are smooth as they are.
+        Lipman et al. 2023, section 4.1 (example II), with sigma_min = 0: draws of q(z) are smooth as they are.
         """
         e = torch.randn(x.shape, generator=generator, dtype=x.dtype)
         t = torch.rand(len(x), generator=generator, dtype=x.dtype)
@@ -164,7 +164,7 @@ class FlowMatching(Prior):
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z), (..., D) -> (...), in nats: log N(e; 0, I) less the integral of the divergence from e to z.
 
-        Chen et al. 2018 (neural ODEs), equation 8. Of maps of more than MOST_EXACT latents it is an estimate, right on
+        Grathwohl et al. 2019, section 2. Of maps of more than MOST_EXACT latents it is an estimate, right on
         average and the same at each call.
         """
         found = []

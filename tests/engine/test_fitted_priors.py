@@ -102,6 +102,19 @@ def test_evaluation_under_it_has_keys_of_its_own_and_leaves_the_others(copied):
     assert found["test/priors/gaussian/nll_iw5"] == pytest.approx(-torch.cat(bounds).mean().item(), abs=1e-4)
 
 
+def test_the_marginal_kl_is_measured_under_it_and_moves_as_the_rate(copied):
+    options = {"measures": "decomposition"}
+    own = measure(copied, "val", options)
+    found = measure(copied, "val", {**options, "fitted_prior": "gaussian"})
+    n = next(key.rsplit("_n", 1)[1] for key in own if "marginal_kl" in key)
+
+    def moved(name):
+        return found[f"val/priors/gaussian/decomposition/{name}"] - own[f"val/decomposition/{name}"]
+
+    assert moved(f"index_code_mi_n{n}") == pytest.approx(0, abs=1e-5)
+    assert moved(f"marginal_kl_n{n}") == pytest.approx(moved("rate_sampled"), abs=1e-4) and moved("rate_sampled") < 0
+
+
 def test_samples_come_from_it(finished):
     run = vae.load(finished)
     fitted = run.with_prior("mixture")
@@ -223,6 +236,9 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(copied):
     ):
         with pytest.raises(VAEError, match=sentence):
             fit_prior(run.vae, run.data, copied, **options)
+    run.vae.num_classes = 10
+    with pytest.raises(VAEError, match="prior=vampprior needs posterior=diagonal and an objective that gives"):
+        fit_prior(run.vae, run.data, copied, "vampprior", "new")
     assert not (copied / "priors" / "new").exists()
     with pytest.raises(VAEError, match="does not go with fitted_prior=gaussian: choose from likelihood, decomposition"):
         measure(copied, "test", {"measures": ["gaps"], "fitted_prior": "gaussian"})
@@ -294,7 +310,7 @@ def test_latents_that_are_maps_have_gaussians_by_channel_and_a_flow_of_convoluti
     assert run.latent_shape == (2, 4, 4)
     for kind, name, options in (
         ("gaussian", "channels", {"covariance": "channels"}),
-        ("flow_matching", "flow", OPTIONS["flow_matching"] | {"epochs": 0}),
+        ("flow_matching", "flow", OPTIONS["flow_matching"] | {"epochs": 0, "steps": 1}),
     ):
         fit_prior(run.vae, run.data, run.path, kind, name, options=options)
         assert run.with_prior(name).sample(3).shape == (3, 1, 8, 8)
