@@ -80,13 +80,13 @@ def test_hutchinsons_estimate_over_all_signs_is_exact_and_of_one_probe_is_right_
     monkeypatch.setattr("vae.flow_matching.MOST_EXACT", 3)
     one = net.with_divergence(y, t)[1]
     assert torch.equal(one, net.with_divergence(y, t)[1]) and not torch.allclose(one, exact)
-    monkeypatch.setattr("vae.flow_matching.PROBES", 2000)
-    torch.testing.assert_close(net.with_divergence(y, t)[1], exact, rtol=0, atol=0.1)
+    monkeypatch.setattr("vae.flow_matching.PROBES", 800)
+    torch.testing.assert_close(net.with_divergence(y, t)[1], exact, rtol=0, atol=0.15)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 2, 3)])
 def test_it_starts_as_the_standard_normal_with_its_closed_form_and_its_gradient_alive(shape):
-    flow, d = FlowMatching(shape).double(), math.prod(shape)
+    flow, d = FlowMatching(shape, steps=3).double(), math.prod(shape)
     z = normal(2, 5, d)
     torch.testing.assert_close(flow.log_prob(z), StandardNormal(d).log_prob(z), rtol=0, atol=1e-12)
     x = normal(4, d)
@@ -94,7 +94,7 @@ def test_it_starts_as_the_standard_normal_with_its_closed_form_and_its_gradient_
         exact = closed_form(x, t, torch.zeros(d).double(), torch.eye(d).double())[0]
         torch.testing.assert_close(flow.velocity(x, torch.tensor(t).double()), exact)
     # E over t of 1 / ((1 - t)^2 + t^2), the variance of x - e that no velocity explains: pi / 2
-    loss = flow.loss(normal(12_000 // d, d), generator("loss"))
+    loss = flow.loss(normal(9000 // d, d), generator("loss"))
     assert loss.item() == pytest.approx(math.pi / 2, abs=0.05)
     loss.backward()
     assert flow.net.last.weight.grad.abs().sum() > 0
@@ -126,9 +126,9 @@ def test_a_fitted_flow_is_a_density_that_its_draws_follow():
     fitted, again = (fit_flow_matching(z, moments, (2,), z[:300], **options) for _ in range(2))
     assert fitted.log_prob(z).mean() > gaussian + 0.3
     assert torch.equal(fitted.log_prob(z), again.log_prob(z))
-    axis = torch.linspace(-7, 9, 160).double()
+    axis = torch.linspace(-7, 9, 120).double()
     grid = torch.cartesian_prod(axis, axis)
-    mass = fitted.log_prob(grid).exp() * (16 / 159) ** 2
+    mass = fitted.log_prob(grid).exp() * (16 / 119) ** 2
     assert mass.sum().item() == pytest.approx(1, abs=0.01)
     drawn, mean = fitted.sample(20_000, noise).double(), mass @ grid
     torch.testing.assert_close(drawn.mean(0), mean, rtol=0, atol=0.05)
