@@ -81,7 +81,7 @@ def fit_prior(
 
     log_prob: the mean log-density in nats of the training and the validation draws, and of the second under the model's own
     prior; of a flow of maps, over MOST_ESTIMATED of them. name: by default the kind. resume="restart" fits anew where there is
-    one of that name, which stays until then.
+    one of that name, which stays while the fit runs.
     Raises VAEError for an unknown kind or option, a name in use, a model whose z is discrete or does not vary, and one that
     this kind of prior does not go with.
     """
