@@ -7,8 +7,9 @@ import torch
 from linear_gaussian import LinearGaussian
 
 from vae.errors import VAEError
+from vae.evaluation.decomposition import elbo_decomposition
 from vae.evaluation.likelihood import ELBOTotals, log_likelihood
-from vae.fitting import Aggregate, FullMixture, fit_gaussian, fit_mixture, fit_realnvp
+from vae.fitting import Aggregate, FullMixture, descend, fit_flow, fit_gaussian, fit_mixture, fit_vampprior
 from vae.gaussian import DiagonalGaussian
 from vae.kl import kl_gaussian_full
 from vae.seeding import generator
@@ -59,9 +60,30 @@ def test_moments_of_a_linear_vae_off_its_optimum_are_those_of_its_closed_form(of
     torch.testing.assert_close(prior.scale[0] @ prior.scale[0].T, covariance)
 
 
-def test_at_the_optimum_it_is_the_standard_normal():
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0, 4.0])
+def test_at_the_optimum_of_any_beta_it_is_the_standard_normal(beta):
+    """Of the data's eigenvalues l and a decoder's variance s2: w^2 = l - beta s2, var = beta s2 / l, mean = w u'(x - m) / l."""
     exact = LinearGaussian()
-    mean, covariance = aggregate_of(exact.vae(), exact_batch(exact)[0]).moments()
+    batch, _ = exact_batch(exact)
+    eigenvalues = exact.weight.square().sum(0) + exact.variance
+    directions = exact.weight / exact.weight.square().sum(0).sqrt()
+    variance = 0.15
+    vae = exact.vae()
+    with torch.no_grad():
+        vae.decoder.weight.copy_(directions * (eigenvalues - beta * variance).sqrt())
+        vae.encoder.weight.copy_(vae.decoder.weight.T / eigenvalues[:, None])
+        vae.encoder.log_var.copy_((beta * variance / eigenvalues).log())
+
+    def loss() -> torch.Tensor:
+        """E distortion + beta rate over images and z, in closed form and without constants: here its gradient vanishes."""
+        q, x = vae.encode(batch.x), batch.x.flatten(1)
+        error = (x - vae.decode(q.mean).flatten(1)).square().sum(1)
+        error = error + (q.log_var.exp() * vae.decoder.weight.square().sum(0)).sum(1)
+        return (error / (2 * variance) + beta * vae.prior.kl(q).sum(1)).mean()
+
+    gradients = torch.autograd.grad(loss(), [vae.decoder.weight, vae.decoder.bias, *vae.encoder.parameters()])
+    assert all(gradient.abs().max() < 1e-10 for gradient in gradients)
+    mean, covariance = aggregate_of(vae, batch).moments()
     torch.testing.assert_close(mean, torch.zeros(3).double(), rtol=0, atol=1e-10)
     torch.testing.assert_close(covariance, torch.eye(3).double(), rtol=0, atol=1e-10)
 
@@ -93,6 +115,51 @@ def test_the_rate_falls_by_the_marginal_kl_and_no_more(off):
     marginal = kl_gaussian_full(p_mean=mean, p_covariance=covariance, q_mean=zero, q_covariance=eye)
     assert rates[0] - rates[1] == pytest.approx(marginal.item(), abs=1e-9)
     assert marginal > 0.3
+
+
+def test_the_marginal_kl_falls_to_zero(off):
+    """Measured with the exact aggregate posterior of N images, which lies about D (D + 3) / 4 N above that of all."""
+    exact, vae, _, mean, covariance = off
+    batch, _ = exact_batch(exact, 600)
+    found, standard = [], vae.prior
+    for prior in (standard, fit_gaussian(mean, covariance, torch.float64)):
+        vae.prior = prior
+        found.append(elbo_decomposition(vae, batch)["marginal_kl_n600"])
+    vae.prior = standard
+    zero, eye = torch.zeros(3).double(), torch.eye(3).double()
+    before = kl_gaussian_full(p_mean=mean, p_covariance=covariance, q_mean=zero, q_covariance=eye).item()
+    assert found[0] == pytest.approx(before, abs=0.1)
+    assert found[1] == pytest.approx(0, abs=0.03)
+
+
+def test_a_gaussian_alike_at_all_places_is_the_full_one_of_its_blocks():
+    """c = 2 channels at P = 3 places: its covariance is C x I in the order of latents, channel after channel."""
+    noise = generator("places")
+    found = Aggregate()
+    posterior = DiagonalGaussian(
+        torch.randn(50, 6, generator=noise).double(), torch.randn(50, 6, generator=noise).double()
+    )
+    found.add(posterior, posterior.rsample(noise))
+    mean, covariance = found.moments(channels=2)
+    full_mean, full = found.moments()
+    torch.testing.assert_close(mean, full_mean)
+    blocks = full.reshape(2, 3, 2, 3).diagonal(dim1=1, dim2=3)  # (2, 2, P)
+    torch.testing.assert_close(covariance, blocks.mean(-1))
+    prior = fit_gaussian(mean, covariance, torch.float64)
+    whole = torch.distributions.MultivariateNormal(mean, torch.kron(covariance, torch.eye(3).double()))
+    z = torch.randn(4, 5, 6, generator=noise).double()
+    torch.testing.assert_close(prior.log_prob(z), whole.log_prob(z))
+    kl = kl_gaussian_full(
+        p_mean=posterior.mean,
+        p_covariance=torch.diag_embed(posterior.log_var.exp()),
+        q_mean=mean,
+        q_covariance=whole.covariance_matrix,
+    )
+    torch.testing.assert_close(prior.kl(posterior), kl[:, None])
+    drawn = prior.sample(40_000, noise)
+    torch.testing.assert_close(drawn.mean(0), mean, rtol=0, atol=0.05)
+    torch.testing.assert_close(torch.cov(drawn.T), whole.covariance_matrix, rtol=0, atol=0.08)
+    assert prior.scale.numel() == 4
 
 
 def test_densities_and_the_kl_are_those_of_torch():
@@ -158,19 +225,20 @@ def test_em_finds_clusters_and_the_same_ones_for_the_same_seed():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_a_flow_starts_as_the_gaussian_and_ends_likelier():
+@pytest.mark.parametrize("kind", ["realnvp", "maf"])
+def test_a_flow_starts_as_the_gaussian_and_ends_likelier(kind):
     z, moments, _, _ = clusters()
     val = clusters(600)[0]
     gaussian = fit_gaussian(*moments).log_prob(val)
-    start = fit_realnvp(z, moments, val, epochs=0)
+    start = fit_flow(kind, z, moments, val, epochs=0)
     torch.testing.assert_close(start.log_prob(val), gaussian, rtol=0, atol=1e-4)
-    options = {"layers": 4, "hidden": (16,), "batch_size": 100, "seed": 1}
-    fitted = fit_realnvp(z, moments, val, epochs=8, lr=5e-3, **options)
+    options = {"sizes": {"layers": 4, "hidden": (16,)}, "batch_size": 100, "seed": 1}
+    fitted = fit_flow(kind, z, moments, val, epochs=8, lr=1e-2, **options)
     assert fitted.log_prob(val).mean() > gaussian.mean() + 0.3
     # where training makes it worse, the start is kept
-    worse = fit_realnvp(z, moments, val, epochs=2, lr=2.0, **options)
+    worse = fit_flow(kind, z, moments, val, epochs=2, lr=2.0, **options)
     assert worse.log_prob(val).mean() >= gaussian.mean() - 1e-4
-    again = fit_realnvp(z, moments, val, epochs=8, lr=5e-3, **options)
+    again = fit_flow(kind, z, moments, val, epochs=8, lr=1e-2, **options)
     assert torch.equal(fitted.log_prob(val), again.log_prob(val))
     # a density: it integrates to 1, and its samples have the moments that it has
     axis = torch.linspace(-16, 16, 600).double()
@@ -183,18 +251,56 @@ def test_a_flow_starts_as_the_gaussian_and_ends_likelier():
     torch.testing.assert_close(torch.cov(drawn.T), (grid - mean).T * mass @ (grid - mean), rtol=0.05, atol=0.1)
 
 
+def test_the_rate_falls_to_zero_along_a_line():
+    """Of a constant gradient each step of Adam is its rate: n steps go lr (1 + (1 - 1/n) + ... + 1/n) = lr (n + 1) / 2."""
+    module = torch.nn.Linear(1, 1, bias=False).double()
+    start = module.weight.item()
+    descend(module, torch.zeros(10, 1), lambda batch, _: -module.weight.sum(), epochs=3, batch_size=2, lr=0.1)
+    assert module.weight.item() - start == pytest.approx(0.1 * 16 / 2, abs=1e-5)
+    assert not module.weight.requires_grad
+
+
+def test_maf_reaches_the_entropy_of_a_correlated_gaussian():
+    noise = generator("correlated")
+    lower = torch.tensor([[1.0, 0, 0], [0.9, 0.3, 0], [-0.5, 0.8, 0.2]]).double()
+    normal = torch.distributions.MultivariateNormal(torch.tensor([1.0, -1, 0.5]).double(), scale_tril=lower)
+    z, val = (normal.loc + torch.randn(n, 3, generator=noise).double() @ lower.T for n in (4000, 1000))
+    unknown = torch.zeros(3), torch.eye(3).double()  # nothing is whitened: the flow has it all to learn
+    found = fit_flow(
+        "maf", z, unknown, val, sizes={"layers": 2, "hidden": (32,)}, epochs=20, lr=2e-2, batch_size=200
+    ).log_prob(val)
+    assert -found.mean() == pytest.approx(normal.entropy().item(), abs=0.15)
+    assert (normal.log_prob(val) - found).mean() == pytest.approx(0, abs=0.1)
+
+
+def test_a_vampprior_comes_nearer_and_leaves_the_encoder_as_it_is(off):
+    exact, vae, batch, _, _ = off
+    encoder = {key: value.clone() for key, value in vae.encoder.state_dict().items()}
+    z, val = aggregate_of(vae, batch).z.split([1500, 500])
+    images = torch.rand(40, *exact.shape, generator=generator("images"), dtype=torch.float64)
+    options = {"pseudo_inputs": 40, "batch_size": 250, "seed": 2, "lr": 0.1}
+    start, fitted, again = (
+        fit_vampprior(z, vae.encoder, lambda n: images[:n], val, epochs=epochs, **options) for epochs in (0, 15, 15)
+    )
+    assert torch.equal(fitted.log_prob(val), again.log_prob(val))
+    assert fitted.log_prob(val).mean() > start.log_prob(val).mean() + 0.5
+    q = vae.encode(fitted.pseudo_inputs())
+    torch.testing.assert_close(fitted.mixture().mean, q.mean, rtol=0, atol=1e-12)
+    assert all(torch.equal(value, encoder[key]) for key, value in vae.encoder.state_dict().items())
+    assert all(parameter.requires_grad for parameter in vae.encoder.parameters()), "the encoder is not its own"
+
+
 def test_what_cannot_be_fitted_is_refused_in_a_sentence():
-    posterior = DiagonalGaussian(torch.zeros(4, 2), torch.zeros(4, 2))
-    with pytest.raises(VAEError, match="posterior of this run is discrete"):
-        Aggregate().add(posterior, torch.zeros(4, 2, dtype=torch.long))
     z, moments, _, _ = clusters(6)
     with pytest.raises(VAEError, match="components=7 needs as many images at least, and there are 6"):
         fit_mixture(z, moments, components=7)
     with pytest.raises(VAEError, match=r"prior\.lr=0 must be"):
-        fit_realnvp(z, moments, lr=0)
+        fit_flow("realnvp", z, moments, lr=0)
+    with pytest.raises(VAEError, match=r"not finite in epoch 0: choose a smaller prior\.lr"):
+        fit_flow("maf", clusters()[0], moments, lr=1e30)
     with pytest.raises(VAEError, match="do not vary in every direction"):
         fit_gaussian(torch.zeros(2), torch.tensor([[1.0, 1.0], [1.0, 1.0]]).double())
     with pytest.raises(VAEError, match="not all finite"):
         fit_gaussian(torch.zeros(2), torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]]).double())
     with pytest.raises(VAEError, match="at least 2"):
-        fit_realnvp(z[:, :1], (moments[0][:1], moments[1][:1, :1]))
+        fit_flow("realnvp", z[:, :1], (moments[0][:1], moments[1][:1, :1]))

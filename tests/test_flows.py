@@ -8,7 +8,7 @@ from test_priors import plane, randomised
 from vae.engine.build import build
 from vae.errors import VAEError
 from vae.evaluation.likelihood import log_likelihood
-from vae.flows import MADE, AffineCoupling, IAFStep, InverseAutoregressiveFlow, PlanarFlow, PlanarStep
+from vae.flows import MADE, AffineCoupling, IAFStep, InverseAutoregressiveFlow, MaskedAffine, PlanarFlow, PlanarStep
 from vae.gaussian import DiagonalGaussian
 from vae.seeding import generator
 
@@ -32,6 +32,7 @@ STEPS = {
     "planar": planar_step,
     "iaf": iaf_step,
     "coupling": lambda d: randomised(AffineCoupling(d, (8,), odd=True)),
+    "masked": lambda d: randomised(MaskedAffine(d, (9, 7), flipped=True)),
 }
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from vae.engine.build import build
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
-from vae.priors import MixtureOfGaussians, RealNVP, StandardNormal, VampPrior
+from vae.priors import MAF, MixtureOfGaussians, RealNVP, StandardNormal, VampPrior
 from vae.seeding import generator
 
 
@@ -48,7 +48,13 @@ def test_a_mixture_is_evaluated_in_blocks_without_a_change(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "prior", [StandardNormal(2), randomised(MixtureOfGaussians(2, 5)), randomised(RealNVP(2, 3, (8,)))]
+    "prior",
+    [
+        StandardNormal(2),
+        randomised(MixtureOfGaussians(2, 5)),
+        randomised(RealNVP(2, 3, (8,))),
+        randomised(MAF(2, 3, (8,))),
+    ],
 )
 def test_draws_have_the_moments_of_the_density(prior):
     z, area = plane()
@@ -60,18 +66,37 @@ def test_draws_have_the_moments_of_the_density(prior):
     torch.testing.assert_close(draws.T.cov(), covariance, rtol=0.03, atol=0.02)
 
 
-def test_a_realnvp_density_integrates_to_one():
+@pytest.mark.parametrize("flow", [RealNVP, MAF])
+def test_a_flow_density_integrates_to_one(flow):
     z, area = plane()
-    prior = randomised(RealNVP(2, layers=3, hidden=(8,)))
+    prior = randomised(flow(2, layers=3, hidden=(8,)))
     assert math.isclose(prior.log_prob(z).exp().sum().item() * area, 1, abs_tol=1e-4)
 
 
-def test_a_realnvp_prior_starts_as_the_standard_normal_with_its_gradient_alive():
-    prior = RealNVP(5)
+@pytest.mark.parametrize("flow, net", [(RealNVP, lambda layer: layer.net[-1]), (MAF, lambda layer: layer.net.last)])
+def test_a_flow_prior_starts_as_the_standard_normal_with_its_gradient_alive(flow, net):
+    prior = flow(5)
     z = torch.randn(10, 5, generator=generator("z"))
     torch.testing.assert_close(prior.log_prob(z), StandardNormal(5).log_prob(z), rtol=0, atol=0)
     prior.log_prob(z).sum().backward()
-    assert all(layer.net[-1].weight.grad.abs().sum() > 0 for layer in prior.layers)
+    assert all(net(layer).weight.grad.abs().sum() > 0 for layer in prior.layers)
+
+
+def test_each_layer_of_maf_has_the_order_of_the_one_before_reversed():
+    """One layer's Jacobian is triangular; two of them let every latent depend on every other."""
+    z = torch.randn(4, generator=generator("z"), dtype=torch.float64)
+
+    def seen(layers):
+        flow = randomised(MAF(4, layers, (12,)))
+
+        def noise(z):
+            for layer in reversed(flow.layers):
+                z, _ = layer.inverse(z)
+            return z
+
+        return torch.autograd.functional.jacobian(noise, z) != 0
+
+    assert torch.equal(seen(1), torch.ones(4, 4).tril().bool()) and seen(2).all()
 
 
 def vampprior(pseudo_inputs: int = 7):

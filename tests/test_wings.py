@@ -19,6 +19,7 @@ WINGS = {
         "vae.likelihoods",
         "vae.priors",
         "vae.fitting",
+        "vae.flow_matching",
         "vae.flows",
         "vae.hierarchical",
         "vae.networks",

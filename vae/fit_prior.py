@@ -1,4 +1,4 @@
-"""`python -m vae.fit_prior run=FOLDER prior=gaussian|mixture|realnvp`: learn p(z) of a finished run's aggregate posterior."""
+"""`python -m vae.fit_prior run=FOLDER prior=NAME`: learn p(z) of a finished run's aggregate posterior."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ Of the encoder's output, the first 2 D numbers are mean and log-variance of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -156,6 +156,52 @@ class PlanarFlow(PosteriorFamily):
         return FlowPosterior(DiagonalGaussian.from_parameters(parameters[..., : 2 * d]), steps)
 
 
+# --- autoregressive ---------------------------------------------------------------------------------------------------
+
+
+def one_after_the_other(start: Tensor, solved: Callable[[Tensor], Tensor]) -> Tensor:
+    """z of the shape of `start` (..., D) with z = solved(z), where solved(z)_i depends on z_1 .. z_(i-1) alone: D calls."""
+    z = torch.zeros_like(start)
+    for i in range(start.shape[-1]):
+        z = torch.cat([z[..., :i], solved(z)[..., i : i + 1], z[..., i + 1 :]], -1)
+    return z
+
+
+class MaskedAffine(nn.Module):
+    """z'_i = z_i exp(a_i) + m_i, with m and a functions of z'_1 .. z'_(i-1); with `flipped`, z_D comes first.
+
+    A layer of MAF (Papamakarios et al. 2017, equations 2 to 5): `inverse`, from data to noise, is one pass of the network,
+    and this way D of them. It starts as the identity. a = scale * tanh(net), as in a coupling, so that it stays finite far out.
+    """
+
+    def __init__(self, dim: int, hidden: Sequence[int], flipped: bool, activation: str = "relu") -> None:
+        super().__init__()
+        self.net, self.flipped = MADE(dim, hidden, 2, activation=activation), flipped
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def _order(self, z: Tensor) -> Tensor:
+        return z.flip(-1) if self.flipped else z
+
+    def _shift_and_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        m, raw = full_precision(self.net(z)).unbind(-2)
+        return m, self.scale * torch.tanh(raw)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        noise = self._order(z)
+
+        def solved(z: Tensor) -> Tensor:
+            m, a = self._shift_and_scale(z)
+            return noise * torch.exp(a) + m
+
+        z = one_after_the_other(noise, solved)
+        return self._order(z), self._shift_and_scale(z)[1].sum(-1)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        z = self._order(z)
+        m, a = self._shift_and_scale(z)
+        return self._order((z - m) * torch.exp(-a)), a.sum(-1)
+
+
 # --- inverse autoregressive -------------------------------------------------------------------------------------------
 
 
@@ -183,12 +229,12 @@ class IAFStep:
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """One latent after the other, D passes of the network."""
         target = self._order(z)
-        z = torch.zeros_like(target)
-        for i in range(target.shape[-1]):
+
+        def solved(z: Tensor) -> Tensor:
             m, gate = self._parameters(z)
-            # z_i = z'_i / s_i - (1 / s_i - 1) m_i, and 1 / s - 1 = exp(-gate)
-            z_i = target + torch.exp(-gate) * (target - m)
-            z = torch.cat([z[..., :i], z_i[..., i : i + 1], z[..., i + 1 :]], -1)
+            return target + torch.exp(-gate) * (target - m)  # z' / s - (1 / s - 1) m, and 1 / s - 1 = exp(-gate)
+
+        z = one_after_the_other(target, solved)
         _, gate = self._parameters(z)
         return self._order(z), F.logsigmoid(gate).sum(-1)
 

@@ -42,6 +42,8 @@ class PosteriorFamily(nn.Module):
     encoder_outputs: int
     #: D, the size of z.
     latent_dim: int
+    #: Whether z is one of finitely many, so that q(z|x) is a probability and no density.
+    discrete: bool = False
 
     def forward(self, parameters: Tensor) -> Posterior:
         raise NotImplementedError

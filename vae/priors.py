@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from vae.errors import VAEError, whole
-from vae.flows import AffineCoupling
+from vae.flows import AffineCoupling, MaskedAffine
 from vae.gaussian import LOG_2PI, DiagonalGaussian
 from vae.kl import GaussianMixture, gaussian_kl_to_standard_normal
 from vae.precision import full_precision
@@ -139,22 +139,15 @@ class VampPrior(MixturePrior):
         return GaussianMixture(torch.zeros_like(q.mean[:, 0]), q.mean, q.log_var)
 
 
-class RealNVP(Prior):
-    """N(0, I) carried through affine couplings (Dinh et al. 2017); starts as N(0, I).
+class FlowPrior(Prior):
+    """N(0, I) carried through `layers`, which a subclass makes: log p(z) = log N(e; 0, I) - log|det dz/de| with
+    e = flow^-1(z), both directions in closed form."""
 
-    log p(z) = log N(e; 0, I) - log|det dz/de| with e = flow^-1(z), both directions in closed form.
-    Raises VAEError for one latent, which leaves nothing to couple, or for no layer.
-    """
-
-    def __init__(self, latent_dim: int, layers: int = 6, hidden: Sequence[int] = (64, 64)) -> None:
+    def __init__(self, latent_dim: int, layers: Iterable[nn.Module]) -> None:
         super().__init__()
-        if latent_dim < 2:
-            raise VAEError("prior=realnvp couples latents with one another: it needs model.latent_dim of at least 2.")
-        if layers < 1:
-            raise VAEError(f"prior.layers={layers} must be at least 1.")
         self.latent_dim = latent_dim
         self.noise = StandardNormal(latent_dim)
-        self.layers = nn.ModuleList(AffineCoupling(latent_dim, hidden, odd=i % 2 == 1) for i in range(layers))
+        self.layers = nn.ModuleList(layers)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z), (..., D) -> (...), in nats."""
@@ -170,3 +163,28 @@ class RealNVP(Prior):
         for layer in self.layers:
             z, _ = layer(z)
         return z
+
+
+class RealNVP(FlowPrior):
+    """Affine couplings (Dinh et al. 2017); starts as N(0, I).
+
+    Raises VAEError for one latent, which leaves nothing to couple, or for no layer.
+    """
+
+    def __init__(self, latent_dim: int, layers: int = 6, hidden: Sequence[int] = (64, 64)) -> None:
+        if latent_dim < 2:
+            raise VAEError("prior=realnvp couples latents with one another: it needs model.latent_dim of at least 2.")
+        number = whole("prior.layers", layers)
+        super().__init__(latent_dim, (AffineCoupling(latent_dim, hidden, odd=i % 2 == 1) for i in range(number)))
+
+
+class MAF(FlowPrior):
+    """A masked autoregressive flow (Papamakarios et al. 2017), without their batch normalisation; starts as N(0, I).
+
+    The order of the latents is reversed from layer to layer. A density is one pass of each layer, a draw D of them. Raises
+    VAEError for no layer, or for no hidden one in it.
+    """
+
+    def __init__(self, latent_dim: int, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> None:
+        number = whole("prior.layers", layers)
+        super().__init__(latent_dim, (MaskedAffine(latent_dim, hidden, flipped=i % 2 == 1) for i in range(number)))

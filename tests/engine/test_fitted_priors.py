@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,10 +20,14 @@ from vae.engine.run import train
 from vae.errors import VAEError
 from vae.evaluation.likelihood import log_likelihood
 
+DESCENT = {"epochs": 2, "batch_size": 16}
 OPTIONS = {
     "gaussian": {},
     "mixture": {"components": 2},
-    "realnvp": {"layers": 2, "hidden": [8], "epochs": 2, "batch_size": 16},
+    "realnvp": {"layers": 2, "hidden": [8], **DESCENT},
+    "maf": {"layers": 2, "hidden": [8], **DESCENT},
+    "vampprior": {"pseudo_inputs": 5, **DESCENT, "lr": 0.1},
+    "flow_matching": {"width": 8, "steps": 3, **DESCENT},
 }
 
 
@@ -62,7 +68,12 @@ def test_a_kept_prior_is_the_one_that_was_fitted(finished, kind):
         assert fitted.vae.prior.log_prob(z).mean().item() == pytest.approx(found["log_prob"][split], abs=1e-5)
     assert found["images"] == len(run.data.measured("train"))
     assert found["log_prob"]["val_of_own_prior"] == pytest.approx(run.vae.prior.log_prob(z).mean().item(), abs=1e-5)
-    assert sorted(path.name for path in (finished / "priors" / kind).iterdir()) == ["config.json", "weights.pt"]
+    assert sorted(path.name for path in (finished / "priors" / kind).iterdir()) == [
+        "config.json",
+        "samples.png",
+        "weights.pt",
+    ]
+    assert not torch.equal(fitted.sample(1), run.sample(1))
 
 
 def test_the_gaussian_has_the_exact_moments_of_the_training_split(finished):
@@ -89,6 +100,19 @@ def test_evaluation_under_it_has_keys_of_its_own_and_leaves_the_others(copied):
     run = vae.load(copied).with_prior("gaussian")
     bounds = [log_likelihood(run.vae, batch, 5) for batch in run.data.batches("test")]
     assert found["test/priors/gaussian/nll_iw5"] == pytest.approx(-torch.cat(bounds).mean().item(), abs=1e-4)
+
+
+def test_the_marginal_kl_is_measured_under_it_and_moves_as_the_rate(copied):
+    options = {"measures": "decomposition"}
+    own = measure(copied, "val", options)
+    found = measure(copied, "val", {**options, "fitted_prior": "gaussian"})
+    n = next(key.rsplit("_n", 1)[1] for key in own if "marginal_kl" in key)
+
+    def moved(name):
+        return found[f"val/priors/gaussian/decomposition/{name}"] - own[f"val/decomposition/{name}"]
+
+    assert moved(f"index_code_mi_n{n}") == pytest.approx(0, abs=1e-5)
+    assert moved(f"marginal_kl_n{n}") == pytest.approx(moved("rate_sampled"), abs=1e-4) and moved("rate_sampled") < 0
 
 
 def test_samples_come_from_it(finished):
@@ -128,7 +152,10 @@ def test_the_other_commands_take_it_and_refuse_in_a_sentence(copied, tmp_path):
             ("vae.fit_prior", "prior=gaussian"),
             "exists already: choose another name=, or fit it anew with resume=restart.",
         ),
-        (("vae.evaluate", "fitted_prior=three"), "choose one of gaussian, mixture, realnvp, two."),
+        (
+            ("vae.evaluate", "fitted_prior=three"),
+            "choose one of flow_matching, gaussian, maf, mixture, realnvp, two, vampprior.",
+        ),
     ):
         done = command(words[0], f"run={copied}", words[1], cwd=tmp_path)
         assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -154,7 +181,7 @@ def test_one_that_a_kill_left_half_counts_as_absent(copied, monkeypatch):
     monkeypatch.setattr("vae.engine.fitted_priors.write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         fit_prior(run.vae, run.data, copied, "gaussian", seed=5, resume="restart")
-    with pytest.raises(VAEError, match=r"fitted_prior=gaussian is unknown .* choose one of mixture, realnvp\."):
+    with pytest.raises(VAEError, match=r"fitted_prior=gaussian is unknown .* choose one of flow_matching, maf, mix"):
         run.with_prior("gaussian")
 
 
@@ -170,14 +197,14 @@ def test_a_prior_that_is_not_the_runs_is_refused_in_a_sentence(copied, tmp_path)
     with pytest.raises(VAEError, match="fitted to other weights"):
         read_prior(copied, "gaussian", run.vae)
     run = vae.load(copied)
-    other = {**json.loads(written), "latent_dim": 2}
-    config.write_text(json.dumps(other))
     state = copied / "priors" / "gaussian" / "weights.pt"
     kept = state.read_bytes()
-    torch.save({"logits": torch.zeros(1), "mean": torch.zeros(1, 2), "scale": torch.eye(2)[None]}, state)
-    with pytest.raises(VAEError, match="is over 2 latents, and those of this run are 3"):
-        run.with_prior("gaussian")
+    for shape, sentence in (([2], r"latents \(2,\)"), ([3, 1, 1], r"latents \(3, 1, 1\)")):
+        config.write_text(json.dumps({**json.loads(written), "latent_shape": shape}))
+        with pytest.raises(VAEError, match=rf"is over {sentence}, and those of this run are \(3,\)\."):
+            run.with_prior("gaussian")
     config.write_text(written)
+    torch.save({"logits": torch.zeros(1), "mean": torch.zeros(1, 2), "scale": torch.eye(2)[None]}, state)
     with pytest.raises(VAEError, match="is damaged and cannot be read"):
         run.with_prior("gaussian")
     state.write_bytes(kept)
@@ -197,16 +224,23 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(copied):
         ({"kind": "vamp"}, "prior=vamp is unknown"),
         (
             {"kind": "gaussian", "name": "new", "options": {"components": 2}},
-            "components is unknown to prior=gaussian: it has no settings",
+            "components is unknown to prior=gaussian: choose from covariance",
         ),
         ({"kind": "mixture", "name": "new", "options": {"components": 10**6}}, "needs as many images"),
         ({"kind": "mixture", "name": "new", "seed": -1}, "seed=-1 must be"),
         ({"kind": "gaussian", "name": "new", "resume": True}, "resume=True is unknown"),
+        ({"kind": "gaussian", "name": "new", "options": {"covariance": "channels"}}, "are not: choose full"),
+        ({"kind": "maf", "name": "new", "options": {"epochs": "two"}}, "prior.epochs=two must be a whole number"),
+        ({"kind": "vampprior", "name": "new", "options": {"pseudo_inputs": 0}}, "prior.pseudo_inputs=0 must be"),
+        ({"kind": "flow_matching", "name": "new", "options": {"steps": 0}}, "prior.steps=0 must be"),
     ):
         with pytest.raises(VAEError, match=sentence):
             fit_prior(run.vae, run.data, copied, **options)
+    run.vae.num_classes = 10
+    with pytest.raises(VAEError, match="prior=vampprior needs posterior=diagonal and an objective that gives"):
+        fit_prior(run.vae, run.data, copied, "vampprior", "new")
     assert not (copied / "priors" / "new").exists()
-    with pytest.raises(VAEError, match="does not go with fitted_prior=gaussian: choose from likelihood, samples"):
+    with pytest.raises(VAEError, match="does not go with fitted_prior=gaussian: choose from likelihood, decomposition"):
         measure(copied, "test", {"measures": ["gaps"], "fitted_prior": "gaussian"})
     with pytest.raises(VAEError, match=r"none yet: python -m vae\.fit_prior makes one"):
         shutil.rmtree(copied / "priors")
@@ -215,15 +249,97 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(copied):
 
 def test_a_discrete_posterior_has_no_second_stage(copied, monkeypatch):
     run = vae.load(copied)
-
-    class Codes(torch.nn.Module):
-        def forward(self, parameters):
-            self.mean = torch.zeros(len(parameters), 3, dtype=torch.long)
-            return self
-
-        def rsample(self, noise):
-            return self.mean
-
-    run.vae.posterior = Codes()
+    monkeypatch.setattr(type(run.vae.posterior), "discrete", True)
     with pytest.raises(VAEError, match="posterior of this run is discrete"):
         fit_prior(run.vae, run.data, copied, "gaussian", "new")
+    assert not (copied / "priors" / "new").exists()
+
+
+def test_an_interrupted_fit_leaves_what_was_there(copied, monkeypatch):
+    """Whatever the moment, here in the last epoch: the prior of that name stays, and a new one is not begun."""
+    run = vae.load(copied)
+    before = run.with_prior("maf").vae.prior.state_dict()
+    monkeypatch.setattr("vae.engine.fitted_priors.tqdm", Interrupted)
+    for name in ("maf", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            fit_prior(run.vae, run.data, copied, "maf", name, seed=4, options=OPTIONS["maf"], resume="restart")
+    after = run.with_prior("maf").vae.prior.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert sorted(path.name for path in (copied / "priors").iterdir()) == sorted(OPTIONS)
+
+
+class Interrupted:
+    """A progress bar at whose second epoch Ctrl-C is pressed."""
+
+    def __init__(self, **_):
+        self.epochs = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self):
+        self.epochs += 1
+        if self.epochs == 2:
+            raise KeyboardInterrupt
+
+
+KILLED = """
+import os, sys, vae.files
+from vae.engine import fitted_priors
+kill = lambda *_, **__: os.kill(os.getpid(), 9)
+moments = {"fit": (fitted_priors.tqdm, "update"), "weights": (os, "replace"), "config": (fitted_priors, "write_json")}
+run = vae.load(sys.argv[1])
+run.data
+setattr(*moments[sys.argv[2]], kill)
+fitted_priors.fit_prior(run.vae, run.data, run.path, "maf", "killed", options={"epochs": 2})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["fit", "weights", "config"])
+def test_a_kill_leaves_no_prior_and_the_next_fit_makes_it(copied, moment):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(copied), moment], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    run = vae.load(copied)
+    with pytest.raises(VAEError, match="fitted_prior=killed is unknown"):
+        run.with_prior("killed")
+    fit_prior(run.vae, run.data, copied, "maf", "killed", options=OPTIONS["maf"])
+    assert len(list((copied / "priors" / "killed").iterdir())) == 3
+    assert run.with_prior("killed").sample(1).isfinite().all()
+
+
+def test_latents_that_are_maps_have_gaussians_by_channel_and_a_flow_of_convolutions(tmp_path):
+    from conftest import composed
+
+    small = ["data.limit=32", "data.batch_size=16", "trainer.max_epochs=1", "evaluation.nll_samples=2", "threads=1"]
+    small += ["callbacks=minimal", "logger=none", "network=autoencoder_kl", "network.block_out_channels=[8,8]"]
+    small += ["trainer.accelerator=cpu", "model.latent_dim=32"]
+    train(composed(*small), tmp_path / "run", small, progress_bar=False)
+    run = vae.load(tmp_path / "run")
+    assert run.latent_shape == (2, 4, 4)
+    for kind, name, options in (
+        ("gaussian", "channels", {"covariance": "channels"}),
+        ("flow_matching", "flow", OPTIONS["flow_matching"] | {"epochs": 0, "steps": 1}),
+    ):
+        fit_prior(run.vae, run.data, run.path, kind, name, options=options)
+        assert run.with_prior(name).sample(3).shape == (3, 1, 8, 8)
+    channels, flow = (run.with_prior(name).vae.prior for name in ("channels", "flow"))
+    assert channels.scale.shape == (1, 2, 2) and flow.scale.shape == (2, 2)
+    z = aggregate(run.vae, run.data, "val", 0).z
+    torch.testing.assert_close(flow.log_prob(z), channels.log_prob(z), rtol=0, atol=1e-3)  # where it starts
+    config = tmp_path / "run" / "priors" / "flow" / "config.json"
+    assert json.loads(config.read_text())["latent_shape"] == [2, 4, 4]
+
+
+def test_a_covariance_that_would_be_too_large_is_refused_with_what_goes_instead(copied, monkeypatch):
+    run = vae.load(copied)
+    monkeypatch.setattr("vae.engine.fitted_priors.MOST_COVARYING", 2)
+    for kind in ("gaussian", "mixture", "realnvp", "maf", "flow_matching"):
+        with pytest.raises(
+            VAEError, match=rf"The covariance of 3 latents, which prior={kind} .* choose prior=vampprior"
+        ):
+            fit_prior(run.vae, run.data, copied, kind, "new")
+    fit_prior(run.vae, run.data, copied, "vampprior", "new", options=OPTIONS["vampprior"])

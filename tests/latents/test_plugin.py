@@ -20,6 +20,7 @@ from werkzeug.test import Client
 
 import vae
 from vae.data.images import Images, Splits
+from vae.engine.fitted_priors import fit_prior
 from vae.engine.run import train
 from vae.latents.plugin import MOST_BYTES, LatentsPlugin
 
@@ -195,6 +196,35 @@ def test_the_density_beneath_is_that_of_the_prior(tab):
     exact = torch.exp(-0.5 * (x[None] ** 2 + y[:, None] ** 2))
     assert density.max() == 1 and (density - exact).abs().max() < 0.15
     assert density.shape == (48, 48)
+
+
+def test_a_prior_fitted_afterwards_is_drawn_from_and_lies_beneath(logdir, tmp_path):
+    folder = shutil.copytree(logdir / "sweep" / "beta=1", tmp_path / "run")
+    tab, run = Tab(tmp_path, "run"), vae.load(folder)
+    assert tab("summary")["priors"] == []
+    fit_prior(run.vae, run.data, folder, "gaussian", "mine")
+    assert tab("summary")["priors"] == ["mine"]
+    prior = run.with_prior("mine").vae.prior
+    z = prior.sample(1, vae.generator(3, "latents draw"))[0]
+    assert tab("draw", {"seed": 3, "temperature": 1, "prior": "mine"})["z"] == pytest.approx(z.tolist(), abs=1e-5)
+    assert tab("draw", {"seed": 3, "temperature": 1, "prior": ""}) == tab("draw", {"seed": 3, "temperature": 1})
+    plane = tab("plane", {"axes": [0, 1], "prior": "mine"})
+    low, high = torch.tensor(plane["low"]), torch.tensor(plane["high"])
+    x, y = (low[k] + (torch.arange(48) + 0.5) / 48 * (high[k] - low[k]) for k in range(2))
+    grid = torch.stack([x.expand(48, 48), y[:, None].expand(48, 48)], -1)
+    covariance = (prior.scale[0] @ prior.scale[0].T)[:2, :2]
+    exact = torch.distributions.MultivariateNormal(prior.mean[0, :2], covariance).log_prob(grid).exp()
+    assert (torch.tensor(plane["density"]) - exact / exact.max()).abs().max() < 0.2
+    assert plane["density"] != tab("plane", {"axes": [0, 1]})["density"]
+    # one that is fitted anew is read anew; what is not there, or lies elsewhere, is refused
+    fit_prior(run.vae, run.data, folder, "mixture", "mine", options={"components": 2}, resume="restart")
+    os.utime(folder / "priors" / "mine" / "config.json", ns=(1, 2**62))
+    z = run.with_prior("mine").vae.prior.sample(1, vae.generator(3, "latents draw"))[0]
+    assert tab("draw", {"seed": 3, "prior": "mine"})["z"] == pytest.approx(z.tolist(), abs=1e-4)
+    assert "choose one of mine" in tab.refuses("draw", {"prior": "other"})
+    shutil.move(folder / "priors" / "mine", tmp_path / "outside")
+    (folder / "priors" / "mine").symlink_to(tmp_path / "outside")
+    assert "link out of the run's folder" in tab.refuses("plane", {"axes": "pca", "prior": "mine"})
 
 
 def test_draws_from_the_prior_scale_with_the_temperature(tab):

@@ -24,6 +24,7 @@ from vae.report import print_table, read_sweep, write_report
 from vae.report.__main__ import main
 from vae.report.pictures import chosen, galleries
 from vae.report.plots import curves_along, draw
+from vae.report.priors import fitted_priors
 from vae.report.tables import nats
 from vae.report.values import format_value, is_number
 
@@ -700,3 +701,82 @@ def test_a_folder_whose_name_is_not_text_is_reported_and_linked(undrawn, tmp_pat
 def test_a_number_is_what_a_float_holds():
     assert all(is_number(value) for value in (0, -3, 0.5, 1e308, 10**308))
     assert not any(is_number(value) for value in (True, None, "1", math.nan, math.inf, -math.inf, 10**309, -(10**400)))
+
+
+# ---- priors fitted afterwards ----
+
+OWN = {"rate": 20.0, "elbo": -100.0, "nll_iw50": 97.0, "decomposition/marginal_kl_n1000": 3.0}
+OWN |= {"samples/frechet_distance_n500": 41.0, "active_units": 7.0}
+FITTED = {"rate": 18.5, "elbo": -98.5, "nll_iw50": 96.25, "decomposition/marginal_kl_n1000": 1.5}
+FITTED |= {"samples/frechet_distance_n500": 30.0, "samples/recall_k3_n500": 0.5}
+
+
+def run_with_priors(folder: Path, names: tuple[str, ...] = ("gaussian",), **settings) -> Path:
+    run = make_run(folder, picture=True, **settings)
+    for i, name in enumerate(names):
+        place = run / "priors" / name
+        place.mkdir(parents=True)
+        log_prob = {"train": -14.5, "val": -14.75 - i, "val_of_own_prior": -15.25}
+        (place / "config.json").write_text(json.dumps({"prior": "gaussian", "log_prob": log_prob}))
+        Image.effect_noise((80, 80), 60).save(place / "samples.png")
+    measured = {f"test/{key}": value for key, value in OWN.items()}
+    measured |= {f"test/priors/{names[0]}/{key}": value for key, value in FITTED.items()} if names else {}
+    (run / "evaluation-test.json").write_text(json.dumps(measured))
+    return run
+
+
+def test_each_prior_has_a_row_beside_that_of_training(undrawn, tmp_path):
+    run_with_priors(
+        tmp_path / "a", ("gaussian", "later"), **{"objective.beta": 1, "prior": {"_target_": "StandardNormal"}}
+    )
+    make_run(tmp_path / "b", **{"objective.beta": 4})
+    found = fitted_priors(read_sweep(tmp_path))
+    assert found.columns == [
+        "log p(z), validation",
+        "rate",
+        "ELBO",
+        "NLL, K=50",
+        "marginal KL, N=1000",
+        "Frechet distance, N=500",
+    ]
+    assert [(row.name, row.first) for row in found.rows] == [
+        ("N(0, I), of training", True),
+        ("gaussian", False),
+        ("later", False),
+    ]
+    own, gaussian, later = ([row.values[column] for column in found.columns] for row in found.rows)
+    assert own == [-15.25, 20, -100, 97, 3, 41] and gaussian == [-14.75, 18.5, -98.5, 96.25, 1.5, 30]
+    assert later[0] == -15.75 and all(map(math.isnan, later[1:]))
+    page = Page(write_report(tmp_path).read_text())
+    table = next(table for table in page.tables if "prior" in table[0])
+    assert [row[1] for row in table[1:]] == ["N(0, I), of training", "gaussian", "later"]
+    assert table[2][2:] == ["−14.75", "18.50", "−98.50", "96.25", "1.50", "30.00"]
+    assert table[3][2:] == ["−15.75", *["–"] * 5]
+    shown = [attributes for tag, attributes in page.tags if tag == "img" and attributes["alt"].startswith("Samples: ")]
+    assert [attributes["alt"] for attributes in shown][:3] == [
+        "Samples: N(0, I), of training",
+        "Samples: gaussian",
+        "Samples: later",
+    ]
+
+
+def test_without_one_there_is_no_section(undrawn, tmp_path):
+    run_with_priors(tmp_path / "a", ())
+    assert fitted_priors(read_sweep(tmp_path)) is None
+    assert 'id="priors"' not in write_report(tmp_path).read_text()
+
+
+def test_what_is_damaged_counts_as_absent(undrawn, tmp_path):
+    run = run_with_priors(tmp_path / "a", ("gaussian", "other"))
+    (run / "priors" / "other" / "config.json").write_text("{")
+    (run / "priors" / "gaussian" / "samples.png").write_text("no picture")
+    (run / "priors" / "half").mkdir()
+    found = fitted_priors(read_sweep(tmp_path))
+    assert [row.name for row in found.rows][1:] == ["gaussian"] and found.rows[1].samples.uri is None
+    (run / "evaluation-test.json").write_text(
+        '{"test/priors/gaussian/rate": "much", "test/priors/gaussian/elbo": 1e999}'
+    )
+    assert fitted_priors(read_sweep(tmp_path)).columns == ["log p(z), validation"]
+    (run / "priors" / "gaussian" / "config.json").write_text('{"log_prob": {"val": "<b>"}}')
+    assert math.isnan(fitted_priors(read_sweep(tmp_path)).rows[1].values["log p(z), validation"])
+    write_report(tmp_path)

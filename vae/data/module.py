@@ -176,6 +176,12 @@ class ImageDataModule(pl.LightningDataModule):
         total = sum(self.scale(train.gather(part)[0]).double().sum(0) for part in index.split(1000))
         return (total / len(index)).float()
 
+    def random_images(self, n: int, seed: int) -> Tensor:
+        """n training images (n, C, H, W) in [0, 1], in an order of the seed's; from the first again where there are fewer."""
+        train = self.splits_ready().train
+        order = torch.randperm(len(train), generator=generator(seed, "pseudo-inputs"))
+        return self.scale(train.gather(order[torch.arange(n) % len(train)])[0])
+
     def scale(self, x: Tensor) -> Tensor:
         """uint8, or float in [0, 1] -> float in [0, 1], thresholded at one half if the data is."""
         if self.binarize == "threshold":

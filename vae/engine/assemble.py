@@ -60,14 +60,20 @@ def assemble(
         num_classes=facts.num_classes,
     )
     prior: Prior = called("prior", make(config["prior"], "prior"), latent_dim=latent_dim)
-    if prior.needs_encoder and not (isinstance(family, DiagonalFamily) and facts.num_classes == 0):
-        raise VAEError("prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels.")
+    if prior.needs_encoder:
+        require_plain_encoder(family, facts.num_classes)
     if prior.latent_dim != family.latent_dim:
         raise VAEError("A two-layer model needs both prior=two_layer and posterior=two_layer, with the same top_dim.")
     prior.setup(encoder, images)
     if prior.latent_dim != latent_dim:
         decoder = BottomDecoder(decoder, latent_dim)
     return VAE(encoder, decoder, prior, likelihood, facts.num_classes, family, facts.latent_label)
+
+
+def require_plain_encoder(family: PosteriorFamily, num_classes: int) -> None:
+    """Raises VAEError for a model whose encoder a prior cannot use."""
+    if not (isinstance(family, DiagonalFamily) and num_classes == 0):
+        raise VAEError("prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels.")
 
 
 def without_start(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import hydra.utils
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
-from torch import Tensor
 
 from vae.data.module import ImageDataModule
 from vae.engine.assemble import ImageFacts, assemble, called
@@ -21,7 +20,7 @@ from vae.engine.typed import check_types
 from vae.errors import VAEError, whole
 from vae.evaluation.likelihood import MOST_SAMPLES
 from vae.objectives.elbo import Objective
-from vae.seeding import derive, generator
+from vae.seeding import derive
 
 
 def instantiate(config: Any, key: str | None = None, **options: Any) -> Any:
@@ -80,18 +79,14 @@ def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEM
     if not start and config.network.get("weights"):
         config = OmegaConf.create({**config, "network": {**config.network, "weights": None}})
     data = build_data(config)
-
-    def images(n: int) -> Tensor:
-        train = data.splits_ready().train
-        order = torch.randperm(len(train), generator=generator(config.seed, "pseudo-inputs"))
-        return data.scale(train.gather(order[torch.arange(n) % len(train)])[0])
-
     whole("evaluation.nll_samples", config.evaluation.nll_samples, least=0, most=MOST_SAMPLES)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.seed, "init"))
         objective: Objective = instantiate(config.objective, "objective")
         _require_steps_of_one_batch(objective, config)
-        vae = assemble(config, image_facts(data, objective), images, instantiate)
+        vae = assemble(
+            config, image_facts(data, objective), functools.partial(data.random_images, seed=config.seed), instantiate
+        )
         data.require_fit(vae.likelihood)
         objective.setup(vae, data)
         if config.get("regularizer"):

@@ -5,32 +5,59 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from vae.data.module import ImageDataModule
+from vae.engine.assemble import require_plain_encoder
+from vae.engine.callbacks.drawing import grid, to_png
 from vae.errors import VAEError, choose, whole
 from vae.evaluation.likelihood import ELBOTotals, nll
-from vae.files import write_atomically, write_json
-from vae.fitting import Aggregate, FullMixture, WhitenedFlow, fit_gaussian, fit_mixture, fit_realnvp
+from vae.files import remove_leftovers, write_atomically, write_json
+from vae.fitting import (
+    EPOCHS,
+    FLOWS,
+    Aggregate,
+    FullMixture,
+    Whitened,
+    fit_flow,
+    fit_gaussian,
+    fit_mixture,
+    fit_vampprior,
+    require_density,
+)
+from vae.flow_matching import FlowMatching, fit_flow_matching
 from vae.model import VAE
 from vae.objectives.labels import require_labels
-from vae.priors import Prior
+from vae.priors import Prior, VampPrior
 from vae.seeding import generator
 
-KINDS = ("gaussian", "mixture", "realnvp")
-OPTIONS = {"mixture": ("components", "iterations"), "realnvp": ("layers", "hidden", "epochs", "batch_size", "lr")}
-MEASURED = ("likelihood", "samples")  # what of `vae.evaluate` is there under a fitted prior
+_DESCENT = ("epochs", "batch_size", "lr")
+#: The settings of each kind of prior, prior.NAME of `vae.fit_prior`.
+KINDS: dict[str, tuple[str, ...]] = {
+    "gaussian": ("covariance",),
+    "mixture": ("components", "iterations"),
+    "realnvp": ("layers", "hidden", *_DESCENT),
+    "maf": ("layers", "hidden", *_DESCENT),
+    "vampprior": ("pseudo_inputs", *_DESCENT),
+    "flow_matching": ("width", "steps", *_DESCENT),
+}
+MEASURED = ("likelihood", "decomposition", "samples")  # what of `vae.evaluate` is there under a fitted prior
+MOST_COVARYING = 4096  # latents: summing up the covariance of more over a data set takes many minutes
+MOST_ESTIMATED = 1000  # draws whose density under a flow of maps is found: one takes hundreds of passes of its network
+SAMPLES = 64  # of the picture kept beside a prior
 
 
 @torch.no_grad()
 def aggregate(vae: VAE, data: ImageDataModule, split: str, seed: int) -> Aggregate:
-    """The aggregate posterior of a split, one seeded draw of q(z|x) an image."""
+    """The aggregate posterior of a split, one seeded draw of q(z|x) an image. Raises VAEError where it has no density."""
+    require_density(vae.posterior)
     require_labels(vae, data, split)
     found, device = Aggregate(), next(vae.parameters()).device
     for number, batch in enumerate(data.batches(split)):
@@ -53,71 +80,158 @@ def fit_prior(
     """Fit p(z) to the training split and keep it in `folder`/priors/NAME; returns what its config.json holds.
 
     log_prob: the mean log-density in nats of the training and the validation draws, and of the second under the model's own
-    prior. name: by default the kind. resume="restart" fits anew where there is one of that name.
-    Raises VAEError for an unknown kind or option, a name in use, a model whose z is discrete or does not vary.
+    prior; of a flow of maps, over MOST_ESTIMATED of them. name: by default the kind. resume="restart" fits anew where there is
+    one of that name, which stays while the fit runs.
+    Raises VAEError for an unknown kind or option, a name in use, a model whose z is discrete or does not vary, and one that
+    this kind of prior does not go with.
     """
     choose("prior", kind, KINDS)
     choose("resume", resume, (False, "restart"))
     whole("seed", seed, least=0)
     options = dict(options or {})
     for option in options:
-        if option not in (known := OPTIONS.get(kind, ())):
-            there = f"choose from {', '.join(known)}" if known else "it has no settings"
-            raise VAEError(f"prior.{option} is unknown to prior={kind}: {there}.")
+        if option not in KINDS[kind]:
+            raise VAEError(f"prior.{option} is unknown to prior={kind}: choose from {', '.join(KINDS[kind])}.")
     name = kind if name is None else name
     place = _place(folder, name)
     if (place / "config.json").exists() and resume != "restart":
         raise VAEError(f"{place} exists already: choose another name=, or fit it anew with resume=restart.")
+    if kind == "vampprior":
+        require_plain_encoder(vae.posterior, vae.num_classes)
+    channels, epochs = _channels(vae, kind, options), whole("prior.epochs", options.get("epochs", EPOCHS), least=0)
     train, val = aggregate(vae, data, "train", seed), aggregate(vae, data, "val", seed)
-    if kind == "gaussian":
-        prior: Prior = fit_gaussian(*train.moments())
-    elif kind == "mixture":
-        prior = fit_mixture(train.z, train.moments(), seed=seed, **options)
-    else:
-        with tqdm(total=options.get("epochs", 50), unit="epoch", disable=None, leave=False) as bar:
-            prior = fit_realnvp(train.z, train.moments(), val.z, seed=seed, tick=bar.update, **options)
-    own = vae.prior.log_prob(val.z.to(next(vae.parameters()).device)).mean().item()
-    log_prob = {"train": prior.log_prob(train.z).mean().item(), "val": prior.log_prob(val.z).mean().item()}
+    device = next(vae.parameters()).device
+    with tqdm(total=epochs, unit="epoch", disable=None if "epochs" in KINDS[kind] else True, leave=False) as bar:
+        prior = _fitted(vae, data, kind, train, val.z, channels, {"seed": seed, **options}, bar.update).to(device)
+    scored = MOST_ESTIMATED if kind == "flow_matching" and vae.spatial else len(train.z)
+    z = {split: found.z[:scored].to(device) for split, found in (("train", train), ("val", val))}
     config = {
         "prior": kind,
-        "latent_dim": vae.latent_dim,
+        "latent_shape": list(vae.latent_shape),
         "seed": seed,
         "options": options,
         "images": len(train.z),
-        "log_prob": {**log_prob, "val_of_own_prior": own},
+        "log_prob": {
+            **{split: prior.log_prob(draws).mean().item() for split, draws in z.items()},
+            "val_of_own_prior": vae.prior.log_prob(z["val"]).mean().item(),
+        },
         "weights": weights_digest(vae),
     }
+    picture = _samples(vae, prior, seed)
     # config.json, which makes the folder count, goes first and comes last: a kill in between leaves no prior, never a half.
     (place / "config.json").unlink(missing_ok=True)
+    remove_leftovers(place)
     write_atomically(place / "weights.pt", partial(torch.save, prior.state_dict()))
+    write_atomically(place / "samples.png", partial(to_png(picture).save, format="png"))
     write_json(place / "config.json", config)
     return config
+
+
+def _channels(vae: VAE, kind: str, options: dict[str, Any]) -> int | None:
+    """`channels` of `Aggregate.moments`. Raises VAEError for too many latents, or an option that does not go with them."""
+    by_channel = kind == "flow_matching" and vae.spatial
+    if kind == "gaussian":
+        by_channel = choose("prior.covariance", options.get("covariance", "full"), ("full", "channels")) == "channels"
+        if by_channel and not vae.spatial:
+            raise VAEError(
+                "prior.covariance=channels is for latents that are maps, and those of this run are not: choose full."
+            )
+    if not by_channel and kind != "vampprior" and vae.latent_dim > MOST_COVARYING:
+        other = "prior=gaussian prior.covariance=channels or prior=flow_matching" if vae.spatial else "prior=vampprior"
+        raise VAEError(
+            f"The covariance of {vae.latent_dim} latents, which prior={kind} begins with, would be too large, and "
+            f"{MOST_COVARYING} are the most: choose {other}."
+        )
+    return vae.latent_shape[0] if by_channel else None
+
+
+def _fitted(
+    vae: VAE,
+    data: ImageDataModule,
+    kind: str,
+    train: Aggregate,
+    val: Tensor,
+    channels: int | None,
+    options: dict[str, Any],
+    tick: Callable[[], Any],
+) -> Prior:
+    if kind == "vampprior":
+        device = next(vae.parameters()).device
+
+        def images(n: int) -> Tensor:
+            return data.random_images(n, options["seed"]).to(device)
+
+        return fit_vampprior(train.z.to(device), vae.encoder, images, val.to(device), tick=tick, **options)
+    moments = train.moments(channels)
+    if kind == "gaussian":
+        return fit_gaussian(*moments)
+    if kind == "mixture":
+        return fit_mixture(train.z, moments, **options)
+    if kind == "flow_matching":
+        return fit_flow_matching(train.z, moments, vae.latent_shape, val, tick=tick, **options)
+    sizes = {key: options.pop(key) for key in KINDS[kind] if key in options and key not in _DESCENT}
+    return fit_flow(kind, train.z, moments, val, sizes=sizes, tick=tick, **options)
+
+
+def _empty(vae: VAE, kind: str, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> Prior:
+    """A prior of the kind, which takes this state."""
+    size = vae.latent_dim
+    if kind == "vampprior":
+        with torch.random.fork_rng(devices=[]):
+            prior = VampPrior(size, len(state["logits"]))
+            prior.setup(vae.encoder, lambda n: torch.zeros_like(state["logits"]))
+        return prior
+    channels = state["scale"].shape[-1]
+    sizes = {key: value for key, value in options.items() if key not in _DESCENT}
+    if kind in FLOWS:
+        return Whitened(FLOWS[kind](size, **sizes), channels)
+    if kind == "flow_matching":
+        return Whitened(FlowMatching(vae.latent_shape, **sizes), channels)
+    return FullMixture(size, len(state["logits"]), channels)
+
+
+@torch.no_grad()
+def _samples(vae: VAE, prior: Prior, seed: int) -> Tensor:
+    """SAMPLES images under the prior, one of each label in turn of a model that is given labels, as one picture."""
+    device = next(vae.parameters()).device
+    noise = generator(seed, "samples", device=device)
+    y = torch.arange(SAMPLES, device=device) * vae.num_classes // SAMPLES if vae.num_classes else None
+    return grid(vae.mean_image(prior.sample(SAMPLES, noise), y, noise), columns=round(SAMPLES**0.5))
+
+
+def prior_names(folder: Path) -> list[str]:
+    """The priors that a run's folder has, in order."""
+    return sorted(path.parent.name for path in (folder / "priors").glob("*/config.json"))
 
 
 def read_prior(folder: Path, name: object, vae: VAE) -> Prior:
     """The prior `folder`/priors/NAME, on the model's device. No code in its file is run.
 
-    Raises VAEError, with the names that exist, for one that does not; for one that is damaged, of another latent size, or
+    Raises VAEError, with the names that exist, for one that does not; for one that is damaged, of another latent shape, or
     fitted to other weights than the model's.
     """
     place = _place(folder, name)
-    known = sorted(path.parent.name for path in (folder / "priors").glob("*/config.json"))
+    known = prior_names(folder)
     if place.name not in known:
         there = f"choose one of {', '.join(known)}" if known else "there is none yet: python -m vae.fit_prior makes one"
         raise VAEError(f"fitted_prior={name} is unknown in {folder}: {there}.")
+    damaged = f"{place} is damaged and cannot be read: fit it anew with resume=restart."
     try:
         config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-        state = torch.load(place / "weights.pt", map_location="cpu", weights_only=True)
-        kind, size, weights, options = (config[key] for key in ("prior", "latent_dim", "weights", "options"))
-        sizes = {key: options[key] for key in ("layers", "hidden") if key in options}
-        prior: Prior = WhitenedFlow(size, **sizes) if kind == "realnvp" else FullMixture(size, len(state["logits"]))
-        prior.load_state_dict(state)
+        kind, weights, options = (config[key] for key in ("prior", "weights", "options"))
+        shape = tuple(config["latent_shape"])
     except Exception as error:
-        raise VAEError(f"{place} is damaged and cannot be read: fit it anew with resume=restart.") from error
-    if size != vae.latent_dim:
-        raise VAEError(f"{place} is over {size} latents, and those of this run are {vae.latent_dim}.")
+        raise VAEError(damaged) from error
+    if shape != vae.latent_shape:
+        raise VAEError(f"{place} is over latents {shape}, and those of this run are {vae.latent_shape}.")
     if weights != weights_digest(vae):
         raise VAEError(f"{place} was fitted to other weights than the run has now: fit it anew with resume=restart.")
+    try:
+        state = torch.load(place / "weights.pt", map_location="cpu", weights_only=True)
+        prior = _empty(vae, kind, options, state)
+        prior.load_state_dict(state)
+    except Exception as error:
+        raise VAEError(damaged) from error
     device = next(vae.parameters()).device
     return prior.eval().requires_grad_(False).to(device)
 

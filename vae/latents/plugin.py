@@ -50,10 +50,12 @@ class LatentsPlugin(base_plugin.TBPlugin):
             "/runs": lambda request: {"runs": list(islice(self._runs(), MOST_RUNS))},
             "/summary": self._of_session(lambda session, asked: session.summary()),
             "/thumbnails": self._of_session(lambda session, asked: (session.thumbnails(), "image/png")),
-            "/plane": self._of_session(lambda session, asked: session.plane(asked.get("axes"))),
+            "/plane": self._of_session(lambda session, asked: session.plane(asked.get("axes"), asked.get("prior"))),
             "/point": self._of_session(lambda session, asked: session.point(asked.get("index"))),
             "/draw": self._of_session(
-                lambda session, asked: session.draw(asked.get("seed", 0), asked.get("temperature", 1))
+                lambda session, asked: session.draw(
+                    asked.get("seed", 0), asked.get("temperature", 1), asked.get("prior")
+                )
             ),
             "/decode": self._of_session(lambda session, asked: session.decode(asked.get("z"), asked.get("y"))),
             "/walk": self._of_session(

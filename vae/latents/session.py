@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vae.engine.callbacks.drawing import as_rgb, grid
+from vae.engine.fitted_priors import prior_names, read_prior
 from vae.engine.latents import Moments
 from vae.engine.loading import load
 from vae.errors import VAEError, choose, whole
@@ -22,7 +23,7 @@ from vae.evaluation.likelihood import ACTIVE_UNIT_THRESHOLD
 from vae.gaussian import DiagonalGaussian
 from vae.latents.examples import Examples, examples_of
 from vae.latents.images import gif, opened, png, thumbnails, url
-from vae.priors import StandardNormal
+from vae.priors import Prior, StandardNormal
 from vae.seeding import generator
 
 MOST_LATENTS = 512
@@ -51,6 +52,7 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self.run = load(folder)
         self.vae = self.run.vae
+        self._priors: dict[tuple[str, int], tuple[Prior, Tensor]] = {}
         most = MOST_PLACES if self.vae.spatial else MOST_LATENTS
         if self.vae.latent_dim > most:
             raise VAEError(f"This model has {self.vae.latent_dim} latents, and {most} is the most shown.")
@@ -78,9 +80,21 @@ class Session:
         centre, spread = (torch.from_numpy(moments.compute()[name]).float() for name in ("latent_mean", "latent_std"))
         return Encoded(torch.cat(means), kl if len(kl) == self.vae.latent_dim else None, centre, spread)
 
-    @cached_property
-    def prior_draws(self) -> Tensor:
-        return self.vae.prior.sample(PRIOR_DRAWS, generator(0, "latents prior")).detach()
+    def prior(self, name: Any = None) -> tuple[Prior, Tensor]:
+        """The prior of training, or the one that `vae.fit_prior` kept as `name`, and PRIOR_DRAWS draws from it.
+
+        Raises VAEError for one that is not there, is not of this run, or is a link out of its folder.
+        """
+        folder = self.run.path.resolve()
+        files = [folder / "priors" / str(name) / file for file in ("config.json", "weights.pt")] if name else []
+        if not all(file.resolve().is_relative_to(folder) for file in files):
+            raise VAEError(f"{name} is a link out of the run's folder.")
+        key = str(name or ""), max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0)
+        if key not in self._priors:
+            prior = read_prior(folder, name, self.vae) if name else self.vae.prior
+            draws = prior.sample(PRIOR_DRAWS, generator(0, "latents prior")).detach()
+            self._priors = {old: kept for old, kept in self._priors.items() if old[0] != key[0]} | {key: (prior, draws)}
+        return self._priors[key]
 
     # --- the whole latent space -------------------------------------------------------------------------------------
 
@@ -100,6 +114,7 @@ class Session:
             "channels": by_channel.argsort(descending=True).tolist(),
             "shape": list(self.run.image_shape),
             "classes": self.vae.num_classes,
+            "priors": prior_names(self.run.path),
             "kl": None if self.encoded.kl is None else self.encoded.kl.tolist(),
             "mean": self.encoded.centre.tolist(),
             "std": self.encoded.spread.tolist(),
@@ -114,11 +129,11 @@ class Session:
         """All examples as one PNG, COLUMNS a row."""
         return png(make_grid(thumbnails(self.examples.x), nrow=COLUMNS, padding=0))
 
-    def plane(self, axes: Any) -> dict[str, Any]:
+    def plane(self, axes: Any, prior: Any = None) -> dict[str, Any]:
         """The examples in a plane, p(z) = ((z - origin) . right, (z - origin) . up).
 
-        axes: two latents, or "pca". density: of the prior's projection, as a kernel estimate of PRIOR_DRAWS draws, rows
-        upwards from the extent's lower left corner, its largest value 1.
+        axes: two latents, or "pca". prior: as in `prior`. density: of its projection, as a kernel estimate of PRIOR_DRAWS
+        draws, rows upwards from the extent's lower left corner, its largest value 1.
         """
         mean, dimension = self.encoded.mean, self.vae.latent_dim
         directions = torch.zeros(2, dimension)
@@ -133,7 +148,7 @@ class Session:
             for row, axis in enumerate(axes):
                 if row == 0 or axis != axes[0]:  # a single latent has a line for its plane
                     directions[row, whole("axes", axis, 0, dimension - 1)] = 1
-        points, draws = ((z - origin) @ directions.T for z in (mean, self.prior_draws))
+        points, draws = ((z - origin) @ directions.T for z in (mean, self.prior(prior)[1]))
         both = torch.cat([points, draws])
         low, high = both.quantile(0.002, 0), both.quantile(0.998, 0)
         low, high = torch.minimum(low, points.amin(0)) - 0.2, torch.maximum(high, points.amax(0)) + 0.2
@@ -159,12 +174,13 @@ class Session:
         y = None if self.examples.y is None else int(self.examples.y[index])
         return {"z": self.encoded.mean[index].tolist(), "y": y}
 
-    def draw(self, seed: Any, temperature: Any) -> dict[str, Any]:
-        """A draw from the prior, its distance from the prior's mean times the temperature."""
+    def draw(self, seed: Any, temperature: Any, prior: Any = None) -> dict[str, Any]:
+        """A draw from the prior, its distance from the prior's mean times the temperature. prior: as in `prior`."""
         if not isinstance(temperature, int | float) or not 0 <= temperature <= 10:
             raise VAEError("The temperature lies in 0 to 10.")
-        z = self.vae.prior.sample(1, generator(whole("seed", seed, 0), "latents draw")).detach()
-        centre = torch.zeros(()) if isinstance(self.vae.prior, StandardNormal) else self.prior_draws.mean(0)
+        own, draws = self.prior(prior)
+        z = own.sample(1, generator(whole("seed", seed, 0), "latents draw")).detach()
+        centre = torch.zeros(()) if isinstance(own, StandardNormal) else draws.mean(0)
         return {"z": (centre + temperature * (z - centre))[0].tolist()}
 
     # --- single images ----------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from vae.errors import VAEError
 from vae.files import write_atomically, write_text
 from vae.report.pictures import Gallery, chosen, galleries
 from vae.report.plots import draw
+from vae.report.priors import fitted_priors
 from vae.report.runs import Run, flatten
 from vae.report.search import Search, draw_search, drawn_value, read_search
 from vae.report.seeds import best_runs, mean, replicates, spread, uneven
@@ -115,6 +116,7 @@ def render(sweep: Sweep, plots: list[list[Any]], search: Search | None = None, o
         of_search=of_search,
         drawn_value=drawn_value,
         galleries=shown,
+        priors=fitted_priors(sweep),
         pictured=(len(chosen(sweep)), sum(bool(run.pictures) for run in sweep.runs)),
         thumb=_thumb(shown),
         shared=_shared(sweep),

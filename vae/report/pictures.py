@@ -104,7 +104,7 @@ def _shelf(sweep: Sweep, data: str, runs: list[Run], kind: str, budget: int) -> 
     """A table with beta (or another swept number) across and the other settings down, where that fills most cells."""
 
     def picture(run: Run, caption: str) -> Picture:
-        return Picture(run, caption, *_inline(run.pictures[kind], budget))
+        return Picture(run, caption, *inline(run.pictures[kind], budget))
 
     varying = [key for key in sweep.swept if len(sweep.values(key, runs)) > 1]
     numeric = [key for key in varying if key != sweep.latent_size and sweep.numeric(key)]
@@ -132,7 +132,7 @@ def _row_caption(sweep: Sweep, settings: dict[str, Any], run: Run) -> str:
     return ", ".join(parts + ([f"seed\u00a0{format_value(run.seed)}"] if sweep.seeds else []))
 
 
-def _inline(path: Path, budget: int) -> tuple[str | None, bool]:
+def inline(path: Path, budget: int) -> tuple[str | None, bool]:
     """The picture as a data: address of at most `budget` bytes before base64, and whether it is tiny."""
     from PIL import Image
 

@@ -95,6 +95,7 @@ function writeAddress(panels) {
     const z = panel.z.map((value, i) => [i, +value.toFixed(3)]).filter(([, value]) => value).map((pair) => pair.join(":"));
     if (z.length && z.length <= 512) parts.push(`p.latents.z${number}=${encodeURIComponent(z.join(","))}`);
     if (panel.y !== null) parts.push(`p.latents.y${number}=${panel.y}`);
+    if (panel.priors.value) parts.push(`p.latents.prior${number}=${encodeURIComponent(panel.priors.value)}`);
   });
   frame.history.replaceState(frame.history.state, "", "#" + parts.join("&"));
 }
@@ -107,11 +108,13 @@ class Panel {
     this.run = null; this.z = []; this.y = null; this.slots = [null, null]; this.walked = [];
     this.runs = make("select", { className: "run", onchange: () => this.open(this.runs.value) });
     this.labels = make("select", { className: "label", onchange: () => { this.y = +this.labels.value; this.show(); } });
+    this.priors = make("select", { className: "prior", title: "the prior of Draw and of the map's density", hidden: true,
+      onchange: () => this.attempt(async () => { await this.drawMap(); this.changed(); }) });
     this.note = make("span", { className: "soft note" });
     this.error = make("div", { className: "error" });
     this.content = make("div");
     this.node = make("div", { className: "panel" },
-      make("div", { className: "bar" }, this.runs, this.labels, this.note), this.error, this.content);
+      make("div", { className: "bar" }, this.runs, this.labels, this.priors, this.note), this.error, this.content);
   }
 
   attempt = async (work) => { // whatever goes wrong is a sentence above the panel
@@ -122,7 +125,7 @@ class Panel {
 
   list(names) { this.runs.replaceChildren(...names.map((name) => option(name))); }
 
-  async open(run, z = "", y = null) {
+  async open(run, z = "", y = null, prior = "") {
     this.run = this.runs.value = run;
     this.content.replaceChildren();
     this.note.textContent = "Loading the model …";
@@ -137,6 +140,9 @@ class Panel {
       this.labels.replaceChildren(...Array.from({ length: facts.classes }, (_, k) => option(k, `label ${k}`)));
       this.labels.hidden = !facts.classes;
       if (this.y !== null) this.labels.value = this.y;
+      this.priors.replaceChildren(option("", "prior of training"), ...facts.priors.map((name) => option(name)));
+      this.priors.hidden = !facts.priors.length;
+      if (facts.priors.includes(prior)) this.priors.value = prior;
       this.sheet = await createImageBitmap(await ask("thumbnails", { run }));
       this.slots = [null, null];
       this.build();
@@ -161,7 +167,7 @@ class Panel {
         make("div", {}, button("Reset", "reset", () => this.move(this.z.map(() => 0))),
           button("Draw", "draw", async () => {
             const seed = Math.floor(Math.random() * 1e9);
-            this.move((await this.ask("draw", { seed, temperature: +temperature.value })).z);
+            this.move((await this.ask("draw", { seed, temperature: +temperature.value, prior: this.priors.value })).z);
           }), temperature, degrees),
         make("div", {}, button("PNG", "png", () => this.save("png")), button("NPZ", "npz", () => this.save("npz")),
           button("Copy link", "link", () => navigator.clipboard.writeText(frame.location.href)))));
@@ -312,7 +318,7 @@ class Panel {
   async drawMap() {
     const pca = this.axes[0].value === "pca";
     this.axes[1].hidden = pca;
-    this.plane = await this.ask("plane", { axes: pca ? "pca" : this.axes.map((axis) => +axis.value) });
+    this.plane = await this.ask("plane", { axes: pca ? "pca" : this.axes.map((axis) => +axis.value), prior: this.priors.value });
     const density = this.plane.density, side = density.length;
     const image = new ImageData(side, side);
     density.forEach((row, j) => row.forEach((value, i) => {
@@ -502,12 +508,12 @@ export async function render() {
   const compare = make("input", { type: "checkbox", className: "compare" });
   const changed = () => writeAddress(panels);
   let names = [];
-  const add = (run, z, y) => {
+  const add = (run, z, y, prior) => {
     const panel = new Panel(changed);
     panels.push(panel);
     panel.list(names);
     place.append(panel.node);
-    return panel.open(names.includes(run) ? run : names[Math.min(panels.length - 1, names.length - 1)], names.includes(run) ? z : "", y);
+    return panel.open(names.includes(run) ? run : names[Math.min(panels.length - 1, names.length - 1)], names.includes(run) ? z : "", y, prior);
   };
   const failed = make("div", { className: "error" });
   document.body.append(make("div", { className: "bar" }, make("label", { className: "row" }, compare, "Two side by side")), failed, place);
@@ -528,5 +534,5 @@ export async function render() {
   };
   const state = readAddress();
   compare.checked = "run2" in state;
-  await Promise.all([add(state.run, state.z, state.y), ...(compare.checked ? [add(state.run2, state.z2, state.y2)] : [])]);
+  await Promise.all([add(state.run, state.z, state.y, state.prior), ...(compare.checked ? [add(state.run2, state.z2, state.y2, state.prior2)] : [])]);
 }
