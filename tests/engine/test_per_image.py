@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vae.engine import per_image, run
+from vae.engine import per_image
+from vae.engine.measuring import measure
 from vae.engine.module import VAEModule
 from vae.engine.per_image import PerImage, digest_of, write_per_image
 from vae.engine.run import train
@@ -86,11 +87,11 @@ def test_evaluating_again_adds_what_is_new_and_leaves_what_the_metrics_are_the_m
     before = read_per_image(tmp_path, "test")
     before["elbo"] += 0.01  # as another device draws
     np.savez(per_image_path(tmp_path, "test"), **before)
-    run.measure(tmp_path, "test", LIKELIHOOD, nll_samples=7)
+    measure(tmp_path, "test", LIKELIHOOD, nll_samples=7)
     after = read_per_image(tmp_path, "test")
     assert set(after) == {*before, "nll_iw7"}
     assert all(np.array_equal(after[name], before[name]) for name in before)
-    run.measure(tmp_path, "val", LIKELIHOOD)
+    measure(tmp_path, "val", LIKELIHOOD)
     assert read_per_image(tmp_path, "val")["images"] != before["images"]
 
 
@@ -101,7 +102,7 @@ def test_a_run_without_the_file_gets_it_by_evaluating(tiny, tmp_path):
         path = per_image_path(tmp_path, "test")
         path.unlink() if damage is None else path.write_bytes(damage)
         assert read_per_image(tmp_path, "test") == {}
-        run.measure(tmp_path, "test", LIKELIHOOD)
+        measure(tmp_path, "test", LIKELIHOOD)
         after = read_per_image(tmp_path, "test")
         assert all(np.array_equal(after[name], before[name]) for name in before)
 
@@ -112,7 +113,7 @@ def test_what_other_weights_left_is_not_kept_beside_what_is_new(tiny, tmp_path):
     content = read_per_image(tmp_path, "test")
     content |= {"weights": np.array("0" * 32), "elbo": content["elbo"] + 1, "nll_iw9": content["elbo"]}
     np.savez(path, **content)
-    run.measure(tmp_path, "test", LIKELIHOOD)
+    measure(tmp_path, "test", LIKELIHOOD)
     assert "nll_iw9" not in read_per_image(tmp_path, "test")
 
 
@@ -129,7 +130,7 @@ def test_an_interrupted_bound_leaves_the_elbo_of_all_images_and_no_part_of_the_b
 
     monkeypatch.setattr(VAEModule, "mean_nll", interrupted)
     with pytest.raises(VAEError, match="Interrupted while measuring likelihood"):
-        run.measure(tmp_path, "test", LIKELIHOOD)
+        measure(tmp_path, "test", LIKELIHOOD)
     assert set(read_per_image(tmp_path, "test")) == {"elbo", "rate", "images", "weights"}
 
 
@@ -159,6 +160,6 @@ def test_a_write_that_fails_leaves_the_previous_file_whole(tmp_path, monkeypatch
 
 def test_starting_anew_removes_what_was_there(tiny, tmp_path):
     trained(tiny(), tmp_path)
-    run.measure(tmp_path, "val", LIKELIHOOD)
+    measure(tmp_path, "val", LIKELIHOOD)
     trained(tiny("seed=1"), tmp_path, resume="restart")
     assert not per_image_path(tmp_path, "val").exists() and per_image_path(tmp_path, "test").exists()

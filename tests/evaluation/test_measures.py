@@ -13,6 +13,7 @@ import torch
 
 from vae.engine import run
 from vae.engine.build import build
+from vae.engine.measuring import measure
 from vae.engine.module import VAEModule
 from vae.errors import VAEError
 from vae.evaluation import ais, measures, samples
@@ -76,7 +77,7 @@ def test_every_measure_of_every_kind_of_model_is_right_or_refused_in_a_sentence(
         return values
 
     found = {}
-    for part in run._likelihood(config, data, module, split):
+    for part in run.likelihood_of(config, data, module, split):
         found |= part
     assert all(map(math.isfinite, found.values()))
     names = ["elbo", "rate", "distortion", "bits_per_dim", "nll_iw5"]
@@ -187,12 +188,12 @@ def test_each_measure_is_kept_as_soon_as_it_is_there_and_an_interruption_says_wh
     with pytest.raises(
         VAEError, match=r"Interrupted while measuring ais: what was measured before is in .*evaluation-test"
     ):
-        run.measure(folder, "test", {**OPTIONS, "measures": ["decomposition", "ais", "likelihood"]})
+        measure(folder, "test", {**OPTIONS, "measures": ["decomposition", "ais", "likelihood"]})
     assert kept(folder).keys() == {key for key in kept(folder) if key.startswith("test/decomposition/")} != set()
 
     monkeypatch.setattr(VAEModule, "mean_nll", interrupted)  # in the middle of the likelihood: the ELBO is known
     with pytest.raises(VAEError, match="Interrupted while measuring likelihood"):
-        run.measure(folder, "val", OPTIONS)
+        measure(folder, "val", OPTIONS)
     assert kept(folder, "val")["val/elbo"] == pytest.approx(
         json.loads((folder / "metrics.json").read_text())["val/elbo"]
     )
@@ -201,13 +202,13 @@ def test_each_measure_is_kept_as_soon_as_it_is_there_and_an_interruption_says_wh
 
 def test_a_measure_that_makes_no_sense_costs_none_of_the_others(folder):
     with pytest.raises(VAEError, match=r"^measures=disentanglement needs .* What else was asked for is in .*json\.$"):
-        run.measure(folder, "train", {**OPTIONS, "measures": ["disentanglement", "decomposition"]})
+        measure(folder, "train", {**OPTIONS, "measures": ["disentanglement", "decomposition"]})
     assert [key for key in kept(folder, "train") if key.startswith("train/decomposition/")]
 
 
 def test_all_that_training_wrote_of_a_model_with_labels_is_measured_again_to_the_last_digit(folder):
     written = json.loads((folder / "metrics.json").read_text())
-    again = run.measure(folder, "test", {**OPTIONS, "measures": "likelihood"})
+    again = measure(folder, "test", {**OPTIONS, "measures": "likelihood"})
     assert again == {name: value for name, value in written.items() if name.startswith("test/")}
     assert "test/nll_iw5_given_label" in again
 
@@ -235,19 +236,19 @@ def test_so_are_samples_of_the_bound_before_anything_is_built_on_them(tiny, fold
     with pytest.raises(VAEError, match=f"nll_samples={samples} must be a whole number from 0.* to 10,000,000"):
         build(tiny(f"evaluation.nll_samples={samples}"))
     with pytest.raises(VAEError, match=f"^nll_samples={samples} must be"):  # as `vae.evaluate` calls it
-        run.measure(folder, "test", OPTIONS, nll_samples=samples)
+        measure(folder, "test", OPTIONS, nll_samples=samples)
 
 
 def test_an_unknown_split_or_measure_is_refused_whatever_is_measured(folder):
     with pytest.raises(VAEError, match="split=tests is unknown"):
-        run.measure(folder, "tests", {**OPTIONS, "measures": ["decomposition"]})
+        measure(folder, "tests", {**OPTIONS, "measures": ["decomposition"]})
     with pytest.raises(VAEError, match=r"measures=\['aic'\] is unknown: choose from likelihood, decomposition"):
-        run.measure(folder, "test", {"measures": "aic"})
+        measure(folder, "test", {"measures": "aic"})
     for nothing in ([], None):
         with pytest.raises(VAEError, match="names nothing to measure: choose from likelihood, decomposition"):
-            run.measure(folder, "test", {"measures": nothing})
+            measure(folder, "test", {"measures": nothing})
     with pytest.raises(VAEError, match=r"^accelerator=tpu is unknown"):
-        run.measure(folder, "test", OPTIONS, accelerator="tpu")
+        measure(folder, "test", OPTIONS, accelerator="tpu")
 
 
 def test_so_they_are_where_a_module_is_built_in_python(tiny):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra.utils
 import torch
 from omegaconf import OmegaConf
 
@@ -70,8 +70,8 @@ def is_addition(key: str, stored: Mapping[str, Any], now: Mapping[str, Any]) -> 
     if target is None:
         return bool(OmegaConf.select(OmegaConf.load(Path(CONFIGS) / "train.yaml"), key) == now[key])
     try:
-        default = inspect.signature(hydra.utils.get_object(target)).parameters[name].default
-    except (ImportError, KeyError, TypeError, ValueError):
+        default = inspect.signature(pkgutil.resolve_name(target)).parameters[name].default
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError):
         return False
     return bool((list(default) if isinstance(default, tuple) else default) == now[key])
 
