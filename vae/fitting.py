@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from vae.codes import CodePosterior
 from vae.errors import VAEError, whole
 from vae.gaussian import LOG_2PI, DiagonalGaussian
 from vae.precision import wide
@@ -104,9 +105,12 @@ class Aggregate:
         self._variance: Tensor | float = 0.0
 
     def add(self, posterior: object, z: Tensor) -> None:
-        """A batch's q(z|x), and its draws (B, D). Raises VAEError for a z that is not of real numbers."""
-        if not z.is_floating_point():
-            raise VAEError("The posterior of this run is discrete: a density p(z) cannot be fitted to its codes.")
+        """A batch's q(z|x), and its draws (B, D). Raises VAEError for codes, or a z that is not of real numbers."""
+        if isinstance(posterior, CodePosterior) or not z.is_floating_point():
+            raise VAEError(
+                "The posterior of this run is discrete: a density p(z) cannot be fitted to its codes. Train with "
+                "prior=codes_autoregressive."
+            )
         self._draws.append(z.cpu())
         if isinstance(posterior, DiagonalGaussian):
             self._means.append(wide(posterior.mean).cpu())

@@ -20,7 +20,7 @@ from vae.engine.module import VAEModule
 from vae.engine.typed import check_types
 from vae.errors import VAEError, whole
 from vae.evaluation.likelihood import MOST_SAMPLES
-from vae.objectives.elbo import Objective
+from vae.objectives.elbo import Objective, require_no_codes
 from vae.seeding import derive, generator
 
 
@@ -92,6 +92,7 @@ def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEM
         objective: Objective = instantiate(config.objective, "objective")
         vae = assemble(config, image_facts(data, objective), images, instantiate)
         data.require_fit(vae.likelihood)
+        require_no_codes(objective, vae)
         objective.setup(vae, data)
     if config.model.output_bias_from_data:
         vae.decoder.set_output_bias(vae.likelihood.bias_for_mean(data.train_mean()))
@@ -106,7 +107,7 @@ def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEM
         objective,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
-        nll_samples=config.evaluation.nll_samples,
+        nll_samples=0 if vae.discrete else config.evaluation.nll_samples,  # of codes, every draw gives the ELBO again
     )
     return data, module
 
