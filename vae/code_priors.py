@@ -59,6 +59,8 @@ class CodePrior(Prior):
 class UniformCodes(CodePrior):
     """Every code as likely as another: m log K nats, whatever the image."""
 
+    origin: Tensor
+
     def build(self) -> None:
         self.register_buffer("origin", torch.zeros(()), persistent=False)  # knows the device and dtype
 
@@ -91,8 +93,8 @@ class CategoricalCodes(CodePrior):
 class AutoregressiveCodes(CodePrior):
     """p(k_i | k_1 .. k_(i-1)) by MADE (Germain et al. 2015) over learned embeddings of the codes; starts as the uniform one.
 
-    MADE gives `features` numbers for each place, which one linear layer that all places share turns into K logits. Sampling takes
-    m passes. Raises VAEError for a size below 1, or no hidden layer.
+    MADE gives `features` numbers for each place, which one linear layer that all places share turns into K logits.
+    Sampling takes m passes. Raises VAEError for a size below 1, or no hidden layer.
     """
 
     def __init__(

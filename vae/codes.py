@@ -1,4 +1,4 @@
-"""q(z|x) as a point mass on codes, and how many of them are used. A code is a whole number; z holds the vectors of an image's codes."""
+"""q(z|x) as a point mass on codes, and how many of them are used. A code is a whole number; z holds the codes' vectors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Encoders whose latent is a code: finite scalar quantization, and vector quantization by a learned codebook.
 
-z (D,) is m vectors of d numbers, D = d m, and each vector is one of K codes. The first m numbers are the first of each vector, and
-so on: of a latent that is a map (c, h, w) with c = d, each place has one code.
+z (D,) is m vectors of d numbers, D = d m, and each vector is one of K codes. The first m numbers of z are the first of each
+vector, and so on: of a latent that is a map (c, h, w) with c = d, each place has one code.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Quantizer(PosteriorFamily):
 class FiniteScalarQuantizer(Quantizer):
     """FSQ (Mentzer et al. 2024): number i of a vector is squashed to an interval and rounded to one of `levels[i]` values.
 
-    zhat = round(f(z)), f(z) = tanh(z + shift) (L - 1) (1 + eps) / 2 - offset (their appendix A.1); offset is a half for an even L
-    and otherwise 0, and shift is such that f(0) = 0. z = zhat / floor(L / 2), in [-1, 1]. The gradient is that of f, as if nothing
-    were rounded (straight through). The index is sum_i (zhat_i + floor(L_i / 2)) prod_(j<i) L_j, of K = prod L.
+    zhat = round(f(e)), f(e) = tanh(e + shift) (L - 1) (1 + eps) / 2 - offset (their appendix A.1); offset is a half for an
+    even L and otherwise 0, and shift is such that f(0) = 0. z = zhat / floor(L / 2), in [-1, 1]. The gradient is that of f,
+    as if nothing were rounded (straight through). The index is sum_i (zhat_i + floor(L_i / 2)) prod_(j<i) L_j, of K = prod L.
 
     There is nothing to learn and nothing to add to the loss. Raises VAEError for no level, or one below 3.
     """
@@ -89,7 +89,7 @@ class FiniteScalarQuantizer(Quantizer):
     def forward(self, parameters: Tensor) -> CodePosterior:
         bounded = self.bounded(self.split(parameters))
         rounded = bounded.round().detach()
-        through = bounded + (rounded - bounded).detach()
+        through = rounded + (bounded - bounded.detach())
         return CodePosterior(self._index(rounded), self.joined(through / (self.levels // 2)), self.number)
 
     def _index(self, rounded: Tensor) -> Tensor:
@@ -109,15 +109,15 @@ class FiniteScalarQuantizer(Quantizer):
 class VectorQuantizer(Quantizer):
     """VQ (van den Oord et al. 2017): each vector becomes the nearest of a codebook's `codes`, which follow the batches.
 
-    The codebook has no gradient. It is an online k-means (their appendix A.1): n_k <- decay n_k + (1 - decay) (vectors of the batch
-    whose code is k), s_k likewise of their sum, and code k is s_k / n_k with n_k smoothed, (n_k + smoothing) N / (N + K smoothing) with
-    N = sum n. A step of decay 0 without smoothing is one of k-means. z takes the codes of before the step. It adds commitment
-    times |vector - its code|^2, summed over an image's codes, to the loss of each image; the decoder's gradient reaches the vector as
-    if it were the code (straight through).
+    The codebook has no gradient. It is an online k-means (their appendix A.1): n_k <- decay n_k + (1 - decay) (how many of
+    the batch's vectors have code k), s_k likewise of their sum, and code k is s_k / n_k with n_k smoothed, (n_k + smoothing)
+    N / (N + K smoothing) with N = sum n. A step of decay 0 without smoothing is one of k-means. z takes the codes of before
+    the step. `commitment` times |vector - its code|^2, summed over an image's codes, is added to the loss of each image; the
+    decoder's gradient reaches the vector as if it were the code (straight through).
 
-    A code with n_k below `restart` times what each would have if all had alike starts anew at a vector of the batch that is drawn at
-    random (Dhariwal et al. 2020), and so do in the first step all that no vector is nearest to. restart=0 leaves that out. The
-    codebook is a part of the weights. Raises VAEError for an option out of its range.
+    A code with n_k below `restart` times what each would have if all had alike starts anew at a vector of the batch that is
+    drawn at random (Dhariwal et al. 2020); in the first step these are most. restart=0 leaves that out. The codebook is a
+    part of the weights. Raises VAEError for an option out of its range.
     """
 
     unpackable = "its codebook follows the batches, which only a run of its own lets it"
@@ -158,7 +158,7 @@ class VectorQuantizer(Quantizer):
         vectors = self.split(parameters)
         indices = self._nearest(vectors.detach())
         codes = self.codebook[indices]  # a copy, which a step of the codebook leaves alone
-        through = vectors + (codes - vectors).detach()
+        through = codes + (vectors - vectors.detach())
         commitment = self.commitment * (vectors - codes).square().sum((-2, -1))
 
         def learn(generator: torch.Generator) -> None:

@@ -27,11 +27,11 @@ def write_latents(run: LoadedRun, data: ImageDataModule, split: str, out: Path) 
     """Encode a split into a file and return how many images it has.
 
     .npz: `mean` and, of a diagonal Gaussian posterior, `log_var` (N, D), one draw `z` (N, D) with the noise of evaluation,
-    of codes their `codes` (N, m), `label` (N, ...) and `name` (N,) where there are any, and `latent_mean`, `latent_std` (D,): those of z over the split and
-    the posterior's noise, which a second model needs to scale its input. Where the latent is a map, there are also its
-    `latent_shape` (c, h, w), to which the D numbers are reshaped, and `channel_mean`, `channel_std` (c,). .parquet: a row per
-    image with the columns id, mean_0 ..., and those of the whole split as metadata. Raises VAEError for images of another
-    shape or another ending.
+    of codes `codes` (N, m), `label` (N, ...) and `name` (N,) where there are any, and `latent_mean`, `latent_std` (D,):
+    those of z over the split and the posterior's noise, which a second model needs to scale its input. Where the latent is a
+    map, there are also its `latent_shape` (c, h, w), to which the D numbers are reshaped, and `channel_mean`, `channel_std`
+    (c,). .parquet: a row per image with the columns id, mean_0 ..., and those of the whole split as metadata. Raises VAEError
+    for images of another shape or another ending.
     """
     if data.image_shape != run.image_shape:
         raise VAEError(f"This model takes images {run.image_shape}, and those of the data are {data.image_shape}.")

@@ -54,7 +54,7 @@ class ELBOTotals:
         return out
 
     def kl_per_dimension(self) -> Tensor:
-        """Mean KL of each latent dimension, (D,), in nats; of each code, (m,); a single entry where the KL is only estimated."""
+        """Mean KL of each latent dimension, (D,), or of each code, (m,), in nats; a single entry where it is only estimated."""
         return self.sums["kl"] / self.images
 
     def compute(self) -> dict[str, float]:
