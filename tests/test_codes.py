@@ -53,6 +53,14 @@ def test_indices_and_vectors_of_fsq_are_a_bijection_onto_a_grid(levels):
     assert {tuple(row) for row in z.tolist()} == set(itertools.product(*(axis.tolist() for axis in grid)))
 
 
+def test_fsq_keeps_zero_where_it_is_and_reaches_every_level():
+    family = FiniteScalarQuantizer(2, [4, 5])
+    torch.testing.assert_close(family.bounded(torch.zeros(2)), torch.zeros(2), rtol=0, atol=1e-6)
+    assert family.bounded(torch.tensor([[-9.0, -9.0], [9.0, 9.0]])).round().tolist() == [[-2, -2], [1, 2]]
+    line = torch.linspace(-3, 3, 601)[:, None].expand(-1, 2)
+    assert [len(family(line).z[:, i].unique()) for i in (0, 1)] == [4, 5]
+
+
 def test_indices_and_vectors_of_vq_are_a_bijection():
     family = vq(latent_dim=2)
     indices = torch.arange(5)[:, None]
@@ -145,6 +153,9 @@ def test_codes_that_are_hardly_used_start_anew_at_vectors_of_the_batch():
     assert torch.equal(family.sizes[dead], torch.full((int(dead.sum()),), 90 / 40))
     torch.testing.assert_close(family.sums[dead], family.codebook[dead] * 90 / 40)
     assert len(family.codebook[dead].unique(dim=0)) > 0.5 * dead.sum()
+    once = family.codebook.clone()
+    posterior.rsample(generator("another draw of the same step"))
+    assert torch.equal(family.codebook, once)
     twins = [vq(codes=40, decay=0.5, restart=0.5) for _ in range(3)]
     for twin, seed in zip(twins, (1, 1, 2), strict=True):
         twin.train()(x).rsample(generator("restart", seed))
