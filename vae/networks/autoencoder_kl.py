@@ -52,7 +52,7 @@ def autoencoder_kl(
     latent_shape = latent_shape_of(shape, latent_dim, len(widths) - 1)
     if encoder_outputs not in (None, latent_dim, 2 * latent_dim):
         raise VAEError(
-            "network=autoencoder_kl gives a number per latent, or a mean and a log-variance: use posterior=diagonal, fsq or vq."
+            "network=autoencoder_kl gives a number, or a mean and a log-variance per latent: use posterior=diagonal, fsq or vq."
         )
     if weights is not None and encoder_outputs == latent_dim:
         raise VAEError("network.weights give a mean and a log-variance per latent: use posterior=diagonal.")
