@@ -144,7 +144,10 @@ class Aggregate:
 def require_density(family: PosteriorFamily) -> None:
     """Raises VAEError for a posterior over codes, to whose aggregate no density can be fitted."""
     if family.discrete:
-        raise VAEError("The posterior of this run is discrete: a density p(z) cannot be fitted to its codes.")
+        raise VAEError(
+            "The posterior of this run is discrete: a density p(z) cannot be fitted to its codes. Train with "
+            "prior=codes_autoregressive."
+        )
 
 
 def by_channel(x: Tensor, channels: int) -> Tensor:

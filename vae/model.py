@@ -42,8 +42,10 @@ class PosteriorFamily(nn.Module):
     encoder_outputs: int
     #: D, the size of z.
     latent_dim: int
-    #: Whether z is one of finitely many, so that q(z|x) is a probability and no density.
+    #: Whether q(z|x) is a point mass on codes, a `vae.codes.CodePosterior`; the prior is then one over codes.
     discrete: bool = False
+    #: Why runs that differ in numbers cannot be trained as one program, as in `vae.objectives.elbo.Objective`.
+    unpackable: str | None = None
 
     def forward(self, parameters: Tensor) -> Posterior:
         raise NotImplementedError
@@ -85,8 +87,8 @@ class VAEOutput(Halves):
     """One pass of images through the model. S stands for the sample shape, () unless several z were asked for.
 
     posterior: q(z|x) of each image; z (*S, B, D); distortion = -log p(x|z), (*S, B); kl: KL(q(z|x) || p(z)) in nats,
-    (B, D) a dimension where it has a closed form, otherwise the one-sample estimate log q(z|x) - log p(z),
-    (*S, B, 1); params: the likelihood's parameters (*S, B, P, C, H, W).
+    (B, D) a dimension where it has a closed form, (B, m) a code where z is one of m codes, otherwise the one-sample estimate
+    log q(z|x) - log p(z), (*S, B, 1); params: the likelihood's parameters (*S, B, P, C, H, W).
     """
 
     posterior: Posterior
@@ -148,6 +150,11 @@ class VAE(nn.Module):
     @property
     def latent_dim(self) -> int:
         return self.prior.latent_dim
+
+    @property
+    def discrete(self) -> bool:
+        """Whether q(z|x) is a point mass on codes."""
+        return self.posterior.discrete
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -223,8 +230,11 @@ class VAE(nn.Module):
         return params, ranks.joined(-self.likelihood.log_prob(params, own_x), len(x), images)
 
     def kl(self, posterior: Posterior, z: Tensor) -> Tensor:
-        """KL(q || p) by closed form, (B, D), where prior and posterior have one; otherwise estimated at z, (..., 1)."""
-        closed = self.prior.kl(posterior) if isinstance(posterior, DiagonalGaussian) else None
+        """KL(q || p) by closed form, (B, D), where prior and posterior have one; otherwise estimated at z, (..., 1).
+
+        Of codes, what each of an image's m codes costs, (B, m).
+        """
+        closed = self.prior.kl(posterior) if isinstance(posterior, DiagonalGaussian) or self.discrete else None
         if closed is not None:
             return closed
         return (posterior.log_prob(z) - self.prior.log_prob(z)).unsqueeze(-1)

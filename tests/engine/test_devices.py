@@ -69,6 +69,8 @@ PARTS = [
     [*SPATIAL, "regularizer=equivariance", "likelihood=gaussian_optimal"],
     [*SPATIAL, "regularizer=equivariance", "regularizer.side=encoder"],
     [*SPATIAL, "regularizer=spectrum"],
+    ["posterior=vq", "posterior.codes=5", "posterior.dim=2", "posterior.restart=0.5", "prior=codes_categorical"],
+    ["posterior=fsq", "posterior.levels=[4,3]", "prior=codes_autoregressive"],
 ]
 CASES = [[f"objective={name}", *OF_OBJECTIVE.get(name, [])] for name in OBJECTIVES] + PARTS
 
@@ -90,7 +92,7 @@ def of_file(group, name):
     for default in found.pop("defaults", []):
         parts = [(None, default)] if isinstance(default, str) else default.items()
         for key, value in parts:
-            if value != "_self_":
+            if value != "_self_" and not str(key).startswith("override"):
                 merged.merge_with(of_file(group, value) if key is None else {key: of_file(f"{group}/{key}", value)})
     return OmegaConf.merge(merged, found)
 

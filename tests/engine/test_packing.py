@@ -242,6 +242,26 @@ def test_an_objective_that_does_not_say_so_is_not_packed(tiny, tmp_path, caplog,
     assert messages == ["Not packed: 2 runs are trained by themselves (run 0, run 1): BetaVAE: it does not say so."]
 
 
+def test_a_codebook_that_follows_the_batches_is_not_packed(tiny, tmp_path, caplog):
+    options = ["posterior=vq", "posterior.dim=1", "posterior.codes=5", "logger=none"]
+    messages = said([tiny(*options, f"seed={n}") for n in range(2)], tmp_path, caplog)
+    assert messages == [
+        "Not packed: 2 runs are trained by themselves (run 0, run 1): VectorQuantizer: its codebook follows the batches, "
+        "which only a run of its own lets it."
+    ]
+
+
+def test_runs_of_codes_without_a_codebook_are_packed_and_end_as_alone(tiny, tmp_path, caplog):
+    options = ["posterior=fsq", "posterior.levels=[4,3,3]", "prior=codes_autoregressive", "logger=none"]
+    configs = [tiny(*options, f"seed={n}") for n in range(2)]
+    with caplog.at_level("INFO", "vae.engine.packing"):
+        together = packed(configs, tmp_path / "packed")
+    assert "Packed: 2 runs are trained as one program." in caplog.text
+    for ours, theirs in zip(together, alone(configs, tmp_path / "alone"), strict=True):
+        names = ("test/elbo", "test/rate", "test/perplexity", "train/perplexity")
+        assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], rel=1e-4)
+
+
 def test_a_pack_is_as_large_as_the_memory_holds(tiny, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(packing, "bytes_of_run", lambda member, batch: 10)
     monkeypatch.setattr(packing, "free_bytes", lambda member: 25)

@@ -161,6 +161,18 @@ def test_settings_taken_over_in_the_middle_of_a_run_leave_its_weights_alone(tiny
         assert torch.equal(value, two["state_dict"][name])
 
 
+def test_a_codebook_goes_on_bit_identical_after_a_kill(tiny, tmp_path, monkeypatch):
+    options = ["posterior=vq", "posterior.dim=1", "posterior.codes=5", "posterior.restart=0.5", "logger=none"]
+    config = tiny(*options, "callbacks.interruptible.every_n_steps=1", "trainer.max_epochs=2")
+    whole = trained(config, tmp_path / "whole")
+    cut(config, tmp_path / "cut", 3, monkeypatch)
+    assert trained(config, tmp_path / "cut", resume=True) == whole
+    one, two = (torch.load(tmp_path / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("whole", "cut"))
+    assert "vae.posterior.codebook" in one["state_dict"]
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][name]), name
+
+
 def test_a_run_cut_off_before_its_first_last_checkpoint_begins_again_under_its_own_settings_only(
     tiny, tmp_path, monkeypatch
 ):

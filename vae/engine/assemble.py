@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vae.code_priors import CodePrior
 from vae.errors import VAEError, whole
 from vae.hierarchical import BottomDecoder
 from vae.model import VAE, DiagonalFamily, PosteriorFamily
@@ -60,6 +61,7 @@ def assemble(
         num_classes=facts.num_classes,
     )
     prior: Prior = called("prior", make(config["prior"], "prior"), latent_dim=latent_dim)
+    read_codes(prior, family)
     if prior.needs_encoder:
         require_plain_encoder(family, facts.num_classes)
     if prior.latent_dim != family.latent_dim:
@@ -74,6 +76,19 @@ def require_plain_encoder(family: PosteriorFamily, num_classes: int) -> None:
     """Raises VAEError for a model whose encoder a prior cannot use."""
     if not (isinstance(family, DiagonalFamily) and num_classes == 0):
         raise VAEError("prior=vampprior needs posterior=diagonal and an objective that gives the encoder no labels.")
+
+
+def read_codes(prior: Prior, family: PosteriorFamily) -> None:
+    """Let a prior over codes know the quantizer. Raises VAEError where one of the two is of codes and the other is not."""
+    if isinstance(prior, CodePrior) != family.discrete:
+        over = "prior=codes_uniform, codes_categorical or codes_autoregressive"
+        raise VAEError(
+            f"The latents are codes, over which {type(prior).__name__} is no prior: use {over}."
+            if family.discrete
+            else f"{type(prior).__name__} is a prior over codes: it needs posterior=fsq or posterior=vq."
+        )
+    if isinstance(prior, CodePrior):
+        called("prior", prior.read, family)
 
 
 def without_start(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from vae.engine.module import VAEModule
 from vae.engine.typed import check_types
 from vae.errors import VAEError, whole
 from vae.evaluation.likelihood import MOST_SAMPLES
-from vae.objectives.elbo import Objective
+from vae.objectives.elbo import Objective, require_no_codes
 from vae.seeding import derive
 
 
@@ -88,6 +88,7 @@ def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEM
             config, image_facts(data, objective), functools.partial(data.random_images, seed=config.seed), instantiate
         )
         data.require_fit(vae.likelihood)
+        require_no_codes(objective, vae)
         objective.setup(vae, data)
         if config.get("regularizer"):
             objective.regularizer = instantiate(config.regularizer, "regularizer")
@@ -107,7 +108,7 @@ def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEM
         objective,
         optimizer=optimizer,
         lr_schedule=lr_schedule,
-        nll_samples=config.evaluation.nll_samples,
+        nll_samples=0 if vae.discrete else config.evaluation.nll_samples,  # of codes, every draw gives the ELBO again
     )
     return data, module
 

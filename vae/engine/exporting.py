@@ -162,6 +162,8 @@ def _diffusers(run: LoadedRun, out: Path, licence: str | None, save: Any) -> lis
     encoder, decoder = run.vae.encoder, run.vae.decoder
     if not (isinstance(encoder, SpatialEncoder) and isinstance(decoder, SpatialDecoder)):
         raise VAEError("format=diffusers is for network=autoencoder_kl, and this run has another network.")
+    if run.vae.discrete:
+        raise VAEError("format=diffusers needs posterior=diagonal, and the latents of this run are codes.")
     likelihood = run.vae.likelihood
     if run.vae.num_classes or not (isinstance(likelihood, LocationScale) and likelihood.params_per_pixel == 1):
         raise VAEError(

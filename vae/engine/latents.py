@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from vae.codes import CodePosterior
 from vae.data.module import ImageDataModule
 from vae.engine.loading import LoadedRun
 from vae.errors import VAEError
@@ -26,11 +27,11 @@ def write_latents(run: LoadedRun, data: ImageDataModule, split: str, out: Path) 
     """Encode a split into a file and return how many images it has.
 
     .npz: `mean` and, of a diagonal Gaussian posterior, `log_var` (N, D), one draw `z` (N, D) with the noise of evaluation,
-    `label` (N, ...) and `name` (N,) where there are any, and `latent_mean`, `latent_std` (D,): those of z over the split and
-    the posterior's noise, which a second model needs to scale its input. Where the latent is a map, there are also its
-    `latent_shape` (c, h, w), to which the D numbers are reshaped, and `channel_mean`, `channel_std` (c,). .parquet: a row per
-    image with the columns id, mean_0 ..., and those of the whole split as metadata. Raises VAEError for images of another
-    shape or another ending.
+    of codes `codes` (N, m), `label` (N, ...) and `name` (N,) where there are any, and `latent_mean`, `latent_std` (D,):
+    those of z over the split and the posterior's noise, which a second model needs to scale its input. Where the latent is a
+    map, there are also its `latent_shape` (c, h, w), to which the D numbers are reshaped, and `channel_mean`, `channel_std`
+    (c,). .parquet: a row per image with the columns id, mean_0 ..., and those of the whole split as metadata. Raises VAEError
+    for images of another shape or another ending.
     """
     if data.image_shape != run.image_shape:
         raise VAEError(f"This model takes images {run.image_shape}, and those of the data are {data.image_shape}.")
@@ -93,6 +94,8 @@ def _rows(run: LoadedRun, data: ImageDataModule, split: str, moments: Moments) -
             moments.add(posterior.mean, posterior.log_var.exp())
         else:
             moments.add(z, torch.zeros_like(z))
+        if isinstance(posterior, CodePosterior):
+            found["codes"] = posterior.indices
         if batch.y is not None:
             found["label"] = batch.y
         yield {name: value.cpu().numpy() for name, value in found.items()}

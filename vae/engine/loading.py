@@ -185,7 +185,7 @@ class LoadedRun:
 
     @torch.no_grad()
     def encode(self, images: Any, y: Any = None) -> Posterior:
-        """q(z|x) of each image: of a diagonal Gaussian `mean` and `log_var`, (N, D)."""
+        """q(z|x) of each image: of a diagonal Gaussian `mean` and `log_var`, (N, D); of codes `indices` (N, m)."""
         x = self.images(images)
         return self.vae.encode(x, self._labels(y, len(x)))
 
@@ -220,8 +220,13 @@ class LoadedRun:
     ) -> Tensor:
         """One image decoded while one latent moves from -reach to reach: (len(dims), steps, C, H, W).
 
-        dims: which latents, by default all.
+        dims: which latents, by default all. Raises VAEError where the latents are codes.
         """
+        if self.vae.discrete:
+            raise VAEError(
+                "The latents of this run are codes, along which nothing moves: decode(vae.posterior.vectors(codes)) gives the "
+                "images of any codes (N, m)."
+            )
         mean = self.encode(image, y).mean
         if len(mean) != 1:
             raise VAEError("traverse() takes a single image.")

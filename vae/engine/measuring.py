@@ -14,7 +14,7 @@ from vae.engine.fitted_priors import MEASURED, likelihood_under, read_prior
 from vae.engine.folder import read_json
 from vae.engine.module import VAEModule
 from vae.engine.per_image import write_per_image
-from vae.engine.run import likelihood_of, load
+from vae.engine.run import ONE_DRAW, likelihood_of, load
 from vae.engine.trainer import ACCELERATORS, build_trainer
 from vae.errors import VAEError, choose, whole
 from vae.evaluation.likelihood import MOST_SAMPLES
@@ -46,6 +46,8 @@ def measure(folder: Path, split: str, options: dict[str, Any], **changes: Any) -
     if fitted is not None and (other := [name for name in names if name not in MEASURED]):
         raise VAEError(f"measures={other} does not go with fitted_prior={fitted}: choose from {', '.join(MEASURED)}.")
     run, path = load(folder, **changes), folder / f"evaluation-{split}.json"
+    if changes.get("nll_samples") and run[2].vae.discrete:
+        raise VAEError(f"nll_samples={changes['nll_samples']}: leave it out, since {ONE_DRAW}.")
     if fitted is not None:
         run[2].vae.prior = read_prior(folder, str(fitted), run[2].vae)
     results: dict[str, float] = {}

@@ -131,6 +131,8 @@ class PackedLoop(LeanLoop):
         objective = module.objective
         if objective.unpackable:
             return f"{type(objective).__name__}: {objective.unpackable}"
+        if module.vae.posterior.unpackable:
+            return f"{type(module.vae.posterior).__name__}: {module.vae.posterior.unpackable}"
         for name in self.HOOKS:
             if name != "on_train_batch_end" and self._hooks[name]:
                 owner = getattr(self._hooks[name][0], "func", self._hooks[name][0]).__self__

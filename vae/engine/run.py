@@ -57,6 +57,9 @@ from vae.evaluation.work import Work
 from vae.files import is_disk_full, remove_leftovers, write_json, write_text
 from vae.objectives.labels import require_labels
 
+#: Why no importance-weighted bound is taken of a run whose latents are codes.
+ONE_DRAW = "every draw of q(z|x) is the same codes, so that no number of them gives more than the ELBO"
+
 
 def train(
     config: DictConfig,
@@ -202,6 +205,8 @@ def _fit_and_test(
     if trainer.limit_val_batches == 0:  # no validation while training; what was trained is validated all the same
         trainer.limit_val_batches, trainer.check_val_every_n_epoch = 1.0, sys.maxsize
     best = choose_weights(trainer, module.objective)
+    if module.vae.discrete and config.evaluation.nll_samples and ranks.first:
+        logging.getLogger(__name__).info(f"evaluation.nll_samples is passed over: {ONE_DRAW}.")
     warn_of_unreached_weight(module.objective, run_length(config.trainer, data)[0])
     begin(trainer.loggers)
     with interruptions(trainer):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vae.codes import CodePosterior, histogram, usage
 from vae.evaluation.work import no_tick
 from vae.model import VAE, VAEOutput
 from vae.precision import wide
@@ -47,15 +48,18 @@ class ELBOTotals:
         mean = out.posterior.mean
         self.images += len(batch.x)
         self._add(distortion=out.distortion, rate=out.rate, kl=out.kl, mean=mean, mean_square=wide(mean).square())
+        if isinstance(out.posterior, CodePosterior):
+            self._add(codes=histogram(out.posterior.indices, out.posterior.number)[None])
         self.pixels = batch.x[0].numel()
         return out
 
     def kl_per_dimension(self) -> Tensor:
-        """Mean KL of each latent dimension, (D,), in nats; a single entry where the KL is only estimated."""
+        """Mean KL of each latent dimension, (D,), or of each code, (m,), in nats; a single entry where it is only estimated."""
         return self.sums["kl"] / self.images
 
     def compute(self) -> dict[str, float]:
-        """elbo, rate and distortion (nats per image), bits_per_dim = -elbo / (pixels * ln 2), active_units."""
+        """elbo, rate and distortion (nats per image), bits_per_dim = -elbo / (pixels * ln 2), active_units; of codes also
+        perplexity and codes_used, over all images."""
         distortion, rate = (self.sums[name].item() / self.images for name in ("distortion", "rate"))
         variance = self.sums["mean_square"] / self.images - (self.sums["mean"] / self.images).square()
         return {
@@ -64,6 +68,10 @@ class ELBOTotals:
             "rate": rate,
             "bits_per_dim": bits_per_dim(-(distortion + rate), self.pixels),
             "active_units": float((variance > ACTIVE_UNIT_THRESHOLD).sum()),
+            **{
+                name: value.item()
+                for name, value in (usage(self.sums["codes"]) if "codes" in self.sums else {}).items()
+            },
         }
 
 

@@ -35,6 +35,15 @@ def named(vae: VAE, metrics: dict[str, float]) -> dict[str, float]:
     return {f"{name}_given_label": value for name, value in metrics.items()} if vae.latent_label else metrics
 
 
+def require_density(vae: VAE, measure: str) -> None:
+    """Raises VAEError where the latents are codes, between which nothing can move."""
+    if vae.discrete:
+        raise VAEError(
+            f"measures={measure} needs latents with a density, and those of this run are codes: measures=[likelihood,samples,"
+            "reconstruction,latent] are there, or train with posterior=diagonal."
+        )
+
+
 def decomposition(vae: VAE, data: ImageDataModule, split: str, work: Work, images: int = 10_000) -> dict[str, float]:
     """Reconstruction, index-code mutual information, total correlation and dimension-wise KL, in nats."""
     batch = data.examples(split, images)
@@ -82,6 +91,7 @@ def ais(
     chains: int = 16,
 ) -> dict[str, float]:
     """-log p(x) by annealed importance sampling, and the bidirectional sandwich on as many simulated images, in nats."""
+    require_density(vae, "ais")
     batch = data.examples(split, images)
     n, labels = len(batch.x), vae.num_classes if vae.latent_label else 1
     y = batch.y if vae.num_classes else None
@@ -100,6 +110,7 @@ def gaps(
     chains: int = 16,
 ) -> dict[str, float]:
     """The inference gap and its two parts, approximation and amortisation, against log p(x) by AIS, in nats."""
+    require_density(vae, "gaps")
     batch = data.examples(split, images)
     work.expect(ticks(len(batch.x), temperatures, chains) + search_ticks(len(batch.x), LOCAL_STEPS))
     bound = log_likelihood_ais(vae, batch, temperatures, chains, tick=work)

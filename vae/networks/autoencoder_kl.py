@@ -50,10 +50,15 @@ def autoencoder_kl(
     if uneven := [width for width in widths if width % norm_num_groups]:
         raise VAEError(f"network.norm_num_groups={norm_num_groups} must divide every width, and not {uneven[0]}.")
     latent_shape = latent_shape_of(shape, latent_dim, len(widths) - 1)
-    if encoder_outputs not in (None, 2 * latent_dim):
-        raise VAEError("network=autoencoder_kl gives a mean and a log-variance per latent: use posterior=diagonal.")
+    if encoder_outputs not in (None, latent_dim, 2 * latent_dim):
+        raise VAEError(
+            "network=autoencoder_kl gives a number, or a mean and a log-variance per latent: use posterior=diagonal, fsq or vq."
+        )
+    if weights is not None and encoder_outputs == latent_dim:
+        raise VAEError("network.weights give a mean and a log-variance per latent: use posterior=diagonal.")
     options = (widths, layers_per_block, norm_num_groups, mid_block_add_attention, use_quant_conv)
-    encoder = SpatialEncoder(shape[0], latent_shape, *options, num_classes=num_classes)
+    per_latent = (encoder_outputs or 2 * latent_dim) // latent_dim
+    encoder = SpatialEncoder(shape[0], latent_shape, *options, num_classes=num_classes, per_latent=per_latent)
     decoder = SpatialDecoder(shape, latent_shape, params_per_pixel, *options, num_classes=num_classes)
     if weights is not None:
         from vae.networks.diffusers_format import load_weights
@@ -83,7 +88,10 @@ def latent_shape_of(image_shape: tuple[int, int, int], latent_dim: int, halvings
 
 
 class SpatialEncoder(nn.Module):
-    """(B, C, H, W) in [0, 1] [, y] -> (B, 2 c h w): the map of means, and beside it that of log-variances, each flat."""
+    """(B, C, H, W) in [0, 1] [, y] -> (B, 2 c h w): the map of means, and beside it that of log-variances, each flat.
+
+    per_latent: how many numbers each latent has; 1 where it has no log-variance.
+    """
 
     def __init__(
         self,
@@ -95,9 +103,10 @@ class SpatialEncoder(nn.Module):
         attention: bool,
         quant_conv: bool,
         num_classes: int = 0,
+        per_latent: int = 2,
     ) -> None:
         super().__init__()
-        self.num_classes, outputs = num_classes, 2 * latent_shape[0]
+        self.num_classes, outputs = num_classes, per_latent * latent_shape[0]
         #: What its sizes follow from, by the names of diffusers' config.
         self.settings: dict[str, Any] = {
             "block_out_channels": list(widths),

@@ -70,7 +70,11 @@ def linear(
     ELBO's maximum is pPCA's likelihood, exactly. Raises VAEError for a size below 1.
     """
     shape = checked_image_shape(image_shape, latent_dim, params_per_pixel, num_classes)
-    head = ConstantVarianceLinear(math.prod(shape) + num_classes, (encoder_outputs or 2 * latent_dim) // 2)
+    inputs = math.prod(shape) + num_classes
+    if encoder_outputs == latent_dim:  # of a posterior without variances
+        head: nn.Module = nn.Linear(inputs, latent_dim)
+    else:
+        head = ConstantVarianceLinear(inputs, (encoder_outputs or 2 * latent_dim) // 2)
     body = nn.Linear(latent_dim + num_classes, params_per_pixel * math.prod(shape), bias=False)
     return ImageEncoder(nn.Flatten(), head, num_classes), ImageDecoder(body, (params_per_pixel, *shape), num_classes)
 

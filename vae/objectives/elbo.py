@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vae.beta import Constant
+from vae.codes import CodePosterior
 from vae.errors import VAEError
 from vae.gaussian import DiagonalGaussian
 from vae.model import VAE, Halves, VAEOutput
@@ -37,6 +38,9 @@ class Objective(nn.Module):
     conditional = False
     #: Whether the model that they make up sums the label out; the terms are then of p(x) outside training.
     latent_label = False
+    #: Whether it makes sense where q(z|x) is a point mass on codes (posterior=fsq, vq): it takes of the model the two halves of
+    #: the ELBO, and what it returns is made by `named_terms`.
+    of_codes = False
     #: Whether the mean of a term depends on how many images a batch has: one smaller than the others, the last of an
     #: epoch, is then left out of what is reported. The gradient is taken of every batch.
     of_whole_batches = False
@@ -100,7 +104,10 @@ class Objective(nn.Module):
         return self.beta * self.multiplier(step)
 
     def named_terms(self, loss: Tensor, out: Halves, **more: Tensor) -> dict[str, Tensor]:
-        """The loss beside the two halves of the ELBO."""
+        """The loss beside the two halves of the ELBO; of codes, with what their quantizer adds to it, and how many are used."""
+        posterior = getattr(out, "posterior", None)
+        if isinstance(posterior, CodePosterior):
+            loss, more = loss + posterior.mean_commitment, {**posterior.terms(), **more}
         distortion, rate = out.mean_distortion.detach(), out.mean_rate.detach()
         return {"loss": loss, "elbo": -(distortion + rate), "distortion": distortion, "rate": rate, **more}
 
@@ -124,6 +131,7 @@ class BetaVAE(SinglePass):
     """distortion + beta * rate: the negative ELBO at beta = 1 (Kingma & Welling 2014), Higgins et al. 2017 otherwise."""
 
     unpackable = None
+    of_codes = True
 
     def of_pass(self, out: VAEOutput, step: int) -> dict[str, Tensor]:
         weight = self.weight(step)
@@ -148,6 +156,22 @@ def require_not_negative(objective: nn.Module, **options: float) -> None:
     for name, value in options.items():
         if not (value >= 0 and math.isfinite(value)):
             raise VAEError(f"{type(objective).__name__}: {name}={value} must be finite and zero or more.")
+
+
+def require_no_codes(objective: Objective, vae: VAE) -> None:
+    """Raises VAEError where q(z|x) is a point mass on codes and the objective, or its schedule, makes no sense with them."""
+    if not vae.discrete:
+        return
+    if not objective.of_codes:
+        raise VAEError(
+            f"{type(objective).__name__} makes no sense with codes, which have no density and no gradient of the rate: use "
+            "objective=beta_vae or objective=cvae, or posterior=diagonal."
+        )
+    if objective.schedule.learns:
+        raise VAEError(
+            f"{type(objective.schedule).__name__} steers by the weight on the rate, from which codes do not learn: use "
+            "objective/schedule=constant, and choose the rate by model.latent_dim and the number of codes."
+        )
 
 
 @torch.no_grad()

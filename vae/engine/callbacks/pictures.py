@@ -67,14 +67,14 @@ def latent_grid(vae: VAE, columns: int = 20, y: Tensor | None = None) -> Tensor:
     return grid(vae.mean_image(plane, None if y is None else y[:1].expand(len(plane))), columns, padding=0)
 
 
-def kl_bars(kl: Tensor) -> Tensor:
+def kl_bars(kl: Tensor, xlabel: str = "latent dimension, by KL") -> Tensor:
     """KL of each latent dimension in nats, largest first."""
     figure = Figure(figsize=(6, 3), dpi=120)  # margins by hand: matplotlib's layout engines triple the drawing time
     axes = figure.add_axes((0.12, 0.17, 0.85, 0.72))
     values = kl.sort(descending=True).values.cpu().numpy()
     axes.bar(np.arange(len(values)), values, color="#3b6ea8")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="latent dimension, by KL", ylabel="KL to the prior (nats)", title=f"rate {values.sum():.2f} nats")
+    axes.set(xlabel=xlabel, ylabel="KL to the prior (nats)", title=f"rate {values.sum():.2f} nats")
     return draw(figure)
 
 
@@ -109,16 +109,18 @@ def all_pictures(module: VAEModule, examples: Any) -> dict[str, Tensor]:
     pictures = {
         "samples": samples(vae, noise, 64, labels_of_samples),
         "reconstructions": reconstructions(vae, x[:64], None if y is None else y[:64]),
-        "traversals": traversals(vae, x[:1], kl, None if y is None else y[:1]),
-        "kl_per_dimension": kl_bars(kl),
+        "kl_per_dimension": kl_bars(kl, "code, by its rate" if vae.discrete else "latent dimension, by KL"),
         "latent_space": latent_space(vae.encode(x, y).mean, kl, examples.y),
     }
-    if vae.spatial:
+    if not vae.discrete:  # nothing moves along codes
+        pictures["traversals"] = traversals(vae, x[:1], kl, None if y is None else y[:1])
+    if vae.spatial and not vae.discrete:
         pictures["channel_traversals"] = channel_traversals(vae, x[:1], kl, None if y is None else y[:1])
+    if vae.spatial:
         pictures["latent_maps"] = latent_maps(vae, x[:8], kl, None if y is None else y[:8])
         if len(kl) == vae.latent_dim:
             pictures["kl_per_channel"] = kl_maps(kl, vae.latent_shape)
-    if vae.latent_dim == 2:
+    if vae.latent_dim == 2 and not vae.discrete:
         pictures["latent_grid"] = latent_grid(vae, y=y)
     return pictures
 
