@@ -152,7 +152,7 @@ def table(results: dict[str, Any]) -> Table:
             (
                 title(cell, results),
                 beta,
-                f"{GREY * math.sqrt(float(beta)):.2g}",
+                f"{GREY * math.sqrt(float(beta)):.3g}",
                 spread([1e3 * run["test"]["mse"] for run in runs]),
                 f"{grey(runs):.1f}",
                 spread([run["test"]["rate"] for run in runs], 1),

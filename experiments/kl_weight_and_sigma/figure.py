@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.kl_weight_and_sigma.claims import elbo, mean
-from vae.experiment_figures import BLUE, DASHES, GREEN, INK, MUTED, ORANGE, guide, note, unpack_images
+from vae.experiment_figures import BLUE, DASHES, GREEN, INK, MUTED, ORANGE, guide, log_ticks, note, unpack_images
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +21,8 @@ LEARNED = {"optimal": ("optimal sigma", GREEN, "*"), "learned": ("learned sigma"
 def figure(results: dict[str, Any]) -> Figure:
     import matplotlib.pyplot as plt
 
-    picture = plt.figure(figsize=(11.5, 6.6))
-    above, below = picture.subfigures(2, 1, height_ratios=[3.7, 2.9])
+    picture = plt.figure(figsize=(11.5, 5.6))
+    above, below = picture.subfigures(2, 1, height_ratios=[3.7, 1.9])
     plane, crossing, likelihood = above.subplots(1, 3)
     draw_plane(plane, results)
     draw_crossing(crossing, results)
@@ -57,12 +57,15 @@ def draw_plane(ax: Axes, results: dict[str, Any]) -> None:
     ax.plot(
         points(results, "sigma2", "rate"), points(results, "sigma2", "mse"), "x", color=BLUE, label="sigma, beta = 1"
     )
-    for beta, *at in zip(results["betas"], rate, mse, strict=True):
-        note(ax, f"{beta:g}", tuple(at), (6, 5), ha="left", fontsize=7.5, color=MUTED)
+    for number, (beta, *at) in enumerate(zip(results["betas"], rate, mse, strict=True)):
+        note(ax, f"{beta:g}", tuple(at), (0, (-13, -21, -29)[number % 3]), fontsize=7.5, color=MUTED)
     for cell, (label, colour, marker) in LEARNED.items():
         runs = results["runs"][cell]
         ax.plot(mean(runs, "test", "rate"), mean(runs, "test", "mse"), marker, color=colour, ms=10, ls="", label=label)
-    ax.set(xlabel="rate (nats an image)", ylabel="mean squared error of a sub-pixel", title="One curve", yscale="log")
+    ax.set(xlabel="rate (nats an image)", ylabel="mean squared error of a sub-pixel", title="One curve")
+    ax.set(xscale="log", yscale="log")
+    log_ticks(ax, x=[5, 10, 20, 50, 100, 200, 400], y=[0.01, 0.015, 0.02, 0.03])
+    ax.set_ylim(0.8 * min(mse), 1.15 * max(mse))
     ax.legend(fontsize=7.5)
 
 

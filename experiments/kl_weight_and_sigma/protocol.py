@@ -1,7 +1,7 @@
 """What weight on the KL: beta with sigma = 1, beta = 1 with a fixed sigma, a learned sigma, or the optimal one.
 
-(SSE / 2 + beta KL) / beta = SSE / (2 sigma^2) + KL at sigma^2 = beta, SSE being an image's summed squared error: one objective in
-two scales. First in float64, step by step, then as they are trained.
+(SSE / 2 + beta KL) / beta = SSE / (2 sigma^2) + KL at sigma^2 = beta, SSE being an image's summed squared error: one
+objective in two scales. First in float64, step by step, then as they are trained.
 """
 
 from __future__ import annotations
