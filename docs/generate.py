@@ -23,6 +23,8 @@ GROUPS = {
     "posterior": "Posteriors",
     "objective": "Objectives",
     "objective/schedule": "Schedules: what multiplies the weight on the KL",
+    "objective/features": "Features that objective=feature compares images by",
+    "regularizer": "Regularisers of any objective, for latents that are maps",
     "optimizer": "Optimizers",
     "lr_schedule": "Learning rates",
     "trainer": "Trainers",

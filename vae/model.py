@@ -193,20 +193,26 @@ class VAE(nn.Module):
 
     def measure(self, x: Tensor, posterior: Posterior, z: Tensor, y: Tensor | None = None) -> VAEOutput:
         """Decode z, (*S, B, D), wherever it comes from, and measure both halves of the ELBO of x in nats."""
-        if ranks.are_sharing():
-            return self._measure_together(x, posterior, z, y)
-        params = self.decode(z, y, x)
-        return VAEOutput(posterior, z, params, -self.likelihood.log_prob(params, x), self.kl(posterior, z))
+        params, distortion = self._decoded(x, z, y)
+        output = SharedOutput if ranks.are_sharing() else VAEOutput
+        return output(posterior, z, params, distortion, self.kl(posterior, z))
 
-    def _measure_together(self, x: Tensor, posterior: Posterior, z: Tensor, y: Tensor | None) -> VAEOutput:
+    def distortion(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """-log p(x|z) of each image in nats, (*S, B), at z (*S, B, D). Where the decoder takes maps of `any_size`, image and z
+        may both be smaller or larger by one factor."""
+        return self._decoded(x, z, y)[1]
+
+    def _decoded(self, x: Tensor, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The likelihood's parameters, of this rank's images where ranks share, and the distortion of all."""
+        if not ranks.are_sharing():
+            params = self.decode(z, y, x)
+            return params, -self.likelihood.log_prob(params, x)
         images = z.ndim - 2  # the dimension of z, params and distortion that counts them
         own_x, own_y = ranks.own(x), None if y is None else ranks.own(y, y.ndim - 1)
         params = self.decode(ranks.own(z, images), own_y, own_x)
         if self.training and self.likelihood.of_whole_batches:
-            distortion = -self.likelihood.log_prob(ranks.joined(params, len(x), images), x)
-        else:
-            distortion = ranks.joined(-self.likelihood.log_prob(params, own_x), len(x), images)
-        return SharedOutput(posterior, z, params, distortion, self.kl(posterior, z))
+            return params, -self.likelihood.log_prob(ranks.joined(params, len(x), images), x)
+        return params, ranks.joined(-self.likelihood.log_prob(params, own_x), len(x), images)
 
     def kl(self, posterior: Posterior, z: Tensor) -> Tensor:
         """KL(q || p) by closed form, (B, D), where prior and posterior have one; otherwise estimated at z, (..., 1)."""

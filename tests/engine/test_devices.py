@@ -52,6 +52,8 @@ OF_OBJECTIVE = {
         "++data.source.subset={scale: 2, orientation: 4, x: 4, y: 4}",
     ],
 }
+SPATIAL = ["network=autoencoder_kl", "network.block_out_channels=[4,4]", "network.norm_num_groups=2"]
+SPATIAL += ["model.latent_dim=32"]
 #: parts that use the encoder elsewhere, draw or estimate, or that have a statistic of the batch
 PARTS = [
     ["likelihood=gaussian_optimal"],
@@ -62,6 +64,9 @@ PARTS = [
     ["objective=dreg", "objective.samples=3", "prior=vampprior", "prior.pseudo_inputs=5"],
     ["network=made", "network.hidden=[8]"],
     ["objective/schedule=control", "objective.schedule.target=5"],
+    [*SPATIAL, "regularizer=equivariance", "likelihood=gaussian_optimal"],
+    [*SPATIAL, "regularizer=equivariance", "regularizer.side=encoder"],
+    [*SPATIAL, "regularizer=spectrum"],
 ]
 CASES = [[f"objective={name}", *OF_OBJECTIVE.get(name, [])] for name in OBJECTIVES] + PARTS
 

@@ -40,6 +40,7 @@ OBJECTIVES = {
     "sticking_the_landing,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
     "miwae,objective.groups=2,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
     "ciwae,objective.samples=3": (["objective.mix=0.1"], ["objective.mix=0.6"]),
+    "feature": (["objective.lambda_feature=0.1"], ["objective.lambda_feature=2"]),
     "cvae": (["objective.beta=0.5"], ["objective.beta=4"]),
     "ada_gvae,data=sprites,++data.source.size=16": (["objective.beta=0.5"], ["objective.beta=4"]),
 }
@@ -150,6 +151,8 @@ def test_every_objective_is_tried_here_or_says_why_it_cannot_be_packed(tiny):
         assert (name in tried) == (objective.unpackable is None), name
 
 
+SPATIAL = ["network=autoencoder_kl", "network.block_out_channels=[4,4]", "network.norm_num_groups=2"]
+SPATIAL += ["model.latent_dim=32"]
 PARTS = [
     ["prior=realnvp"],
     ["prior=two_layer", "posterior=two_layer"],
@@ -167,6 +170,9 @@ PARTS = [
     ["likelihood=discretized_logistic"],
     ["likelihood=discretized_logistic_mixture"],
     ["data.binarize=dynamic"],
+    [*SPATIAL, "regularizer=equivariance"],
+    [*SPATIAL, "regularizer=equivariance", "regularizer.side=encoder"],
+    [*SPATIAL, "regularizer=spectrum", "regularizer.delta=0.5"],
 ]
 
 

@@ -1,5 +1,6 @@
 """What holds for each objective of conf/objective, whichever it is."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from vae.data.images import Batch
 from vae.engine.build import build
 from vae.engine.trainer import build_trainer
 from vae.errors import VAEError
+from vae.evaluation import samples
 from vae.objectives.elbo import SinglePass
 from vae.seeding import generator
 
@@ -46,6 +48,13 @@ REFUSED = {
     "cvae": ["prior=vampprior"],
     "m2": ["prior=vampprior"],
 }
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path_factory):
+    """Of the classifier whose features an objective compares images by."""
+    monkeypatch.setenv("VAE_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "classifiers of objectives"))
+    monkeypatch.setattr(samples, "trained_classifier", functools.partial(samples.trained_classifier, steps=50))
 
 
 def built(tiny, name, *overrides):

@@ -73,8 +73,8 @@ def image_facts(data: ImageDataModule, objective: Objective) -> ImageFacts:
 def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEModule]:
     """The data and the untrained module that a config describes; initial weights follow from `config.seed`.
 
-    start: whether training begins with it; otherwise the weights that it is to begin with (`network.weights`) are not read,
-    since others replace them.
+    start: whether training begins with it; otherwise what others replace is neither read nor trained: the weights that it is
+    to begin with (`network.weights`), and those of `Objective.start`.
     Raises VAEError for a combination that makes no sense.
     """
     if not start and config.network.get("weights"):
@@ -93,6 +93,11 @@ def build(config: DictConfig, start: bool = True) -> tuple[ImageDataModule, VAEM
         vae = assemble(config, image_facts(data, objective), images, instantiate)
         data.require_fit(vae.likelihood)
         objective.setup(vae, data)
+        if config.get("regularizer"):
+            objective.regularizer = instantiate(config.regularizer, "regularizer")
+            objective.regularizer.setup(vae, data)
+        if start:
+            objective.start(vae, data)
     if config.model.output_bias_from_data:
         vae.decoder.set_output_bias(vae.likelihood.bias_for_mean(data.train_mean()))
     optimizer, lr_schedule = instantiate(config.optimizer, "optimizer"), build_lr_schedule(config, data)

@@ -200,7 +200,7 @@ class VAEModule(pl.LightningModule):
 
     def _measure(self, batch: Batch) -> VAEOutput:
         out = self._totals.update(self.vae, batch)
-        if isinstance(self.objective, SinglePass):
+        if isinstance(self.objective, SinglePass) and self.objective.regularizer is None:
             terms = self.objective.of_pass(out, self.steps)
         else:
             noise = generator(batch.seed, "z", device=batch.x.device)

@@ -29,7 +29,7 @@ OPTIONS = {"_target_": PLACE, "most": 64, "n_jobs": -1}
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=OPTIONS, provider="vae")
 
 #: Groups of settings whose numbers runs of one pack may differ in; `vae.engine.structure.signature` looks closer.
-NUMBERS = ("objective", "optimizer", "lr_schedule")
+NUMBERS = ("objective", "regularizer", "optimizer", "lr_schedule")
 
 
 class Packed(Launcher):
@@ -118,7 +118,7 @@ class Packed(Launcher):
         if config.trainer.accelerator != "cpu" and on_gpu:
             return False
         try:
-            _, module = build(config)
+            _, module = build(config, start=False)
         except VAEError:  # each run will say so by itself
             return False
         return any(isinstance(part, torch.nn.modules.conv._ConvNd) for part in module.modules())

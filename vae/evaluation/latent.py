@@ -15,6 +15,7 @@ from vae.evaluation.likelihood import ACTIVE_UNIT_THRESHOLD
 from vae.evaluation.reconstruction import classifier_features, has_labels
 from vae.evaluation.samples import frechet_distance
 from vae.evaluation.work import no_tick
+from vae.maps import halved, quarter_turn, radial_power_spectrum
 from vae.model import VAE
 from vae.precision import wide
 from vae.priors import StandardNormal
@@ -74,24 +75,6 @@ def equivariance_error(
     moved, expected = wide(encode(of_images(x))), wide(of_maps(encode(x)))
     total = (moved - moved.mean((0, 2, 3), keepdim=True)).square().sum()
     return ((moved - expected).square().sum() / total.clamp(min=1e-300)).item()
-
-
-def radial_power_spectrum(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean power at each whole spatial frequency of maps (N, c, h, w), and how many frequencies there are at each.
-
-    |FFT|^2 / (h w) of each channel less its mean over images and places, averaged over images, channels and the frequencies
-    whose distance from 0, in cycles per map's shorter side, rounds to k = 0, 1, .... Parseval: sum of count times power is
-    the sum over places of the mean square. White noise has the same power at all.
-    """
-    maps = wide(maps)
-    height, width = maps.shape[-2:]
-    centred = maps - maps.mean((0, 2, 3), keepdim=True)
-    power = torch.fft.fft2(centred).abs().square().mean((0, 1)) / (height * width)
-    rows, columns = (torch.fft.fftfreq(side, dtype=power.dtype, device=power.device) for side in (height, width))
-    radius = (rows[:, None].square() + columns.square()).sqrt() * min(height, width)
-    ring = radius.round().long().flatten()
-    counts = torch.bincount(ring)
-    return torch.bincount(ring, power.flatten()) / counts.clamp(min=1), counts
 
 
 def nearest_neighbours(x: Tensor) -> Tensor:
@@ -218,16 +201,6 @@ def _of_maps(vae: VAE, x: Tensor, y: Tensor | None, maps: Tensor) -> dict[str, f
     for k, value in enumerate((power / whole.clamp(min=1e-300)).tolist()):
         found[f"power_k{k}"] = value
     return found
-
-
-def quarter_turn(t: Tensor) -> Tensor:
-    """(N, C, H, W) turned by 90 degrees."""
-    return t.rot90(1, (-2, -1))
-
-
-def halved(t: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C, H / 2, W / 2), means of 2 x 2."""
-    return torch.nn.functional.avg_pool2d(t, 2)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vae.data.module import ImageDataModule
-from vae.data.storage import cache_folder
+from vae.data.storage import cache_folder, expanded
 from vae.errors import VAEError
 from vae.evaluation.ais import bdmc, log_likelihood_ais, nll_ais, ticks
 from vae.evaluation.decomposition import elbo_decomposition, rows_at_a_time
@@ -56,10 +56,14 @@ def samples(vae: VAE, data: ImageDataModule, split: str, work: Work, images: int
     return sample_quality(vae, data, images, split, cache=cache_folder() / "classifiers", y=y, tick=work)
 
 
-def reconstruction(vae: VAE, data: ImageDataModule, split: str, work: Work, images: int = 5000) -> dict[str, float]:
-    """Squared error, PSNR, SSIM, MS-SSIM and a Frechet distance of the reconstructions at the posterior mean."""
+def reconstruction(
+    vae: VAE, data: ImageDataModule, split: str, work: Work, images: int = 5000, weights: str | None = None
+) -> dict[str, float]:
+    """Squared error, PSNR, SSIM, MS-SSIM and a Frechet distance of the reconstructions at the posterior mean; with a folder of
+    published weights also LPIPS and an Inception distance."""
     work.expect(CLASSIFIER_STEPS)
-    return named(vae, reconstruction_quality(vae, data, images, split, cache=cache_folder() / "classifiers", tick=work))
+    cache, folder = cache_folder() / "classifiers", None if weights is None else expanded(weights)
+    return named(vae, reconstruction_quality(vae, data, images, split, cache=cache, tick=work, weights=folder))
 
 
 def latent(vae: VAE, data: ImageDataModule, split: str, work: Work, images: int = 5000) -> dict[str, float]:
@@ -192,5 +196,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
     for option, value in options.items():
         if option not in known:
             raise VAEError(f"{name}.{option} is unknown.")
+        if option == "weights" and not (value is None or isinstance(value, str)):
+            raise VAEError(f"{name}.weights={value} must be the name of a folder, or null.")
         if option in MOST and (type(value) is not int or not 1 <= value <= MOST[option]):
             raise VAEError(f"{name}.{option}={value} must be a whole number from 1 to {MOST[option]:,}.")

@@ -1,6 +1,7 @@
-"""How near reconstructions are to their images: squared error, PSNR, SSIM, MS-SSIM, and a Frechet distance.
+"""How near reconstructions are to their images: squared error, PSNR, SSIM, MS-SSIM, LPIPS, and Frechet distances.
 
-Images lie in [0, 1] and are compared at their own size: nothing is resized, and a reconstruction is cut to [0, 1].
+Images lie in [0, 1] and are compared at their own size, but by Inception, which has one: nothing else is resized. A
+reconstruction is cut to [0, 1].
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from vae.data.module import ImageDataModule
 from vae.errors import VAEError
+from vae.evaluation.lpips import comparison
 from vae.evaluation.samples import frechet_distance, in_parts, trained_classifier, training_batch
 from vae.evaluation.work import no_tick
 from vae.model import VAE
@@ -106,15 +108,19 @@ def reconstruction_quality(
     cache: Path | None = None,
     tick: Callable[[], None] = no_tick,
     at_a_time: int = 250,
+    weights: Path | None = None,
 ) -> dict[str, float]:
     """Means over the first n images of a split of their reconstructions at the posterior mean.
 
     mse; psnr in dB, the mean of each image's; ssim, and ms_ssim_sM of M scales, left out with a warning where images are
     smaller than the window; frechet_distance_nN of images and reconstructions on the classifier's features
-    (`vae.evaluation.samples`) where the data have labels, pixels being drawn where the images are binary.
-    Deterministic from `seed`.
+    (`vae.evaluation.samples`) where the data have labels, pixels being drawn where the images are binary. weights: a folder of
+    published weights (`vae.evaluation.lpips`), of whose files there must be one: lpips_alex, lpips_vgg, and rfid_inception_nN,
+    the Frechet distance of mean images on Inception's features. Deterministic from `seed`.
+    Raises VAEError for a folder without any of them.
     """
     device = next(vae.parameters()).device
+    by_weights = None if weights is None else comparison(weights, data.image_shape, "reconstruction.weights")
     batch = data.examples(split, n)
     x, y = batch.x, batch.y if vae.num_classes else None
     x_parts = x.split(at_a_time)
@@ -132,6 +138,8 @@ def reconstruction_quality(
             found[f"ms_ssim_s{scales}"] = torch.cat([ms_ssim(a, b, scales) for a, b in pairs]).mean().item()
     else:
         _left_out(f"ssim: its window has {WINDOW}x{WINDOW} pixels, and the images {x.shape[-2]}x{x.shape[-1]}")
+    if by_weights is not None:
+        found |= by_weights(x, fake, device)
     if has_labels(data):
         if bool(((x == 0) | (x == 1)).all()):
             fake = torch.bernoulli(fake, generator=generator(seed, "pixels of reconstructions"))

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from vae.data.images import Batch
 from vae.data.module import ImageDataModule
+from vae.data.storage import cache_folder
 from vae.errors import VAEError
 from vae.evaluation.work import no_tick
 from vae.files import write_atomically
 from vae.model import VAE
+from vae.objectives.feature import Features, untrained
 from vae.precision import wide
 from vae.seeding import derive, generator
 
@@ -214,6 +216,29 @@ class Classifier(nn.Module):
             )
         ]
         return torch.cat(right).mean().item()
+
+
+class ClassifierFeatures(Features):
+    """0.5 |f(a) - f(b)|^2, with f the features of the classifier that `measures=[samples]` compares images by, in nats.
+
+    A model trained by it is judged by what it was trained on: its frechet_distance flatters. Raises VAEError, from `start`,
+    for data without labels.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.network = untrained(Classifier(image_shape, ()).features)
+
+    def start(self, data: ImageDataModule) -> None:
+        if data.splits_ready().train.y is None:
+            raise VAEError(
+                "objective/features=classifier is trained on labels, and this data has none: use objective/features=lpips."
+            )
+        trained = trained_classifier(training_batch(data, 20_000, 0), 0, cache_folder() / "classifiers")
+        self.network.load_state_dict(trained.features.state_dict())
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return 0.5 * (self.network(a) - self.network(b)).square().sum(-1)
 
 
 def training_batch(data: ImageDataModule, n: int, seed: int) -> Batch:

@@ -125,9 +125,10 @@ class SpatialEncoder(nn.Module):
 
 
 class SpatialDecoder(Decoder):
-    """(N, c h w) [, y] -> (N, P, C, H, W), of a latent that is a map (c, h, w)."""
+    """(N, c h w) [, y] -> (N, P, C, H, W), of a latent that is a map (c, h, w), or one in the same proportions."""
 
     latent_shape: tuple[int, int, int]
+    any_size = True
 
     def __init__(
         self,
@@ -164,7 +165,10 @@ class SpatialDecoder(Decoder):
                 self.conv_out.state_dict()["bias"].copy_(2 * bias.mean((-2, -1)).flatten() - 1)
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        h = self.post_quant_conv(with_label_maps(z.unflatten(-1, self.latent_shape), y, self.num_classes))
+        channels, height, width = self.latent_shape
+        factor = (z.shape[-1] / (channels * height * width)) ** 0.5
+        maps = z.unflatten(-1, (channels, round(height * factor), round(width * factor)))
+        h = self.post_quant_conv(with_label_maps(maps, y, self.num_classes))
         h = self.mid_block(self.conv_in(h))
         for block in self.up_blocks:
             h = block(h)

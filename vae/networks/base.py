@@ -50,6 +50,8 @@ class Decoder(nn.Module):
     image_shape: tuple[int, int, int]
     #: (c, h, w) of a latent that is a map, which lies in z channel after channel and row after row; None of a flat one.
     latent_shape: tuple[int, int, int] | None = None
+    #: Whether encoder and decoder also take images and maps that are smaller or larger by one factor.
+    any_size: bool = False
 
     def set_output_bias(self, bias: Tensor) -> None:
         """Start what is added to every output at bias (P, C, H, W), for instance `likelihood.bias_for_mean(mean image)`.

@@ -17,6 +17,7 @@ from vae.seeding import generator
 if TYPE_CHECKING:
     from vae.data.images import Batch
     from vae.data.module import ImageDataModule
+    from vae.objectives.regularizers import Regularizer
 
 
 class Objective(nn.Module):
@@ -51,6 +52,16 @@ class Objective(nn.Module):
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.schedule = Constant() if schedule is None else schedule
         require_something_to_steer(self.schedule, beta, "objective.beta=0")
+        #: What joins the loss, where one is asked for.
+        self.regularizer: Regularizer | None = None
+
+    def __call__(self, vae: VAE, batch: Batch, generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        """`forward`, and what the regulariser adds to the loss, which is logged under its name."""
+        terms: dict[str, Tensor] = super().__call__(vae, batch, generator, step)
+        if self.regularizer is None:
+            return terms
+        term = self.regularizer(vae, batch, generator, step).mean()
+        return {**terms, "loss": terms["loss"] + self.regularizer.weight * term, self.regularizer.name: term.detach()}
 
     @property
     def loss_moves(self) -> str | None:
@@ -67,6 +78,13 @@ class Objective(nn.Module):
         the model or the data, and to ask the data for what its batches must carry.
 
         Raises VAEError, in one sentence, for a model or data that the objective makes no sense with.
+        """
+
+    def start(self, vae: VAE, data: ImageDataModule) -> None:
+        """Called after `setup` where training begins, and not where a checkpoint's weights replace all that is made here: the
+        place for what takes long, or reads files that a run then holds itself.
+
+        Raises VAEError, in one sentence, for what is not there.
         """
 
     def multiplier(self, step: int) -> Tensor:
