@@ -37,12 +37,12 @@ KINDS = {  # overrides of each kind of latent
         "flat": ["network=mlp", "optimizer.lr=2e-3"],
         "map": [
             "network=autoencoder_kl",
-            "network.block_out_channels=[8,8,16]",
+            "network.block_out_channels=[4,8,8]",
             "network.norm_num_groups=4",
             "network.mid_block_add_attention=false",
             "optimizer.lr=2e-3",
-            "trainer.max_epochs=4",
-            "trainer.check_val_every_n_epoch=4",
+            "trainer.max_epochs=3",
+            "trainer.check_val_every_n_epoch=3",
         ],
     },
     "full": {
@@ -53,8 +53,8 @@ KINDS = {  # overrides of each kind of latent
 SETTINGS = {
     "quick": {
         "betas": [1e-4, 1e-2, 1e-1],
-        "sizes": {"flat": [8, 32, 128], "map": [98]},
-        "regularizers": {"flat": ["none"], "map": ["none", "equivariance"]},
+        "sizes": {"flat": [8, 16, 32, 128], "map": [98]},
+        "regularizers": {"flat": ["none"], "map": ["none"]},
         "seeds": [0],
         "images": 5000,
         "priors": {"gaussian": {}, "mixture": {"components": 10}},
