@@ -47,23 +47,25 @@ class Correlation(NamedTuple):
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """1 to n, equal values sharing the mean of theirs."""
-    return (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) + 1) / 2
+    """1 to n along the last axis, equal values sharing the mean of theirs."""
+    a, b = values[..., :, None], values[..., None, :]
+    return (a > b).sum(-1) + ((a == b).sum(-1) + 1) / 2
 
 
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """The correlation of the ranks; nan where one side is constant."""
+def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The correlation of the ranks along the last axis; nan where one side is constant."""
     a, b = ranks(a), ranks(b)
-    spread = a.std() * b.std()
-    return float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread > 0 else math.nan
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    spread = np.sqrt((a * a).mean(-1) * (b * b).mean(-1))
+    return np.where(spread > 0, (a * b).mean(-1) / np.where(spread > 0, spread, 1), np.nan)
 
 
-def bootstrap(columns: list[np.ndarray], of: Callable[..., float]) -> tuple[float, float]:
-    """The 95% interval of a number of paired columns, models drawn with replacement, 2000 times from one seed."""
-    noise = np.random.default_rng(0)
-    drawn = (noise.integers(len(columns[0]), size=len(columns[0])) for _ in range(DRAWS))
-    found = np.array([of(*(column[index] for column in columns)) for index in drawn])
-    low, high = np.nanpercentile(found, [2.5, 97.5])
+def bootstrap(columns: list[np.ndarray], of: Callable[..., np.ndarray]) -> tuple[float, float]:
+    """The 95% interval of a number of paired columns along the last axis, models drawn with replacement, from one seed."""
+    index = np.random.default_rng(0).integers(len(columns[0]), size=(DRAWS, len(columns[0])))
+    found = of(*(column[index] for column in columns))
+    there = found[~np.isnan(found)]
+    low, high = np.percentile(there, [2.5, 97.5]) if len(there) else (math.nan, math.nan)
     return float(low), float(high)
 
 
@@ -82,7 +84,7 @@ def correlation(results: dict[str, Any], key: str, prior: str = MAIN) -> Correla
     a, b = values(results, key), values(results, f"frechet/{prior}")
     there = ~np.isnan(a)
     a, b = a[there], b[there]
-    return Correlation(spearman(a, b), *bootstrap([a, b], spearman), int(there.sum()))
+    return Correlation(float(spearman(a, b)), *bootstrap([a, b], spearman), int(there.sum()))
 
 
 def claims(results: dict[str, Any]) -> list[Claim]:
@@ -91,7 +93,7 @@ def claims(results: dict[str, Any]) -> list[Claim]:
     low, high = bootstrap(columns, lambda i, r, g: spearman(i, g) - spearman(r, g))
     own, one, many = (values(results, f"frechet/{prior}") for prior in (OWN, "gaussian", MAIN))
     betas = np.array([model["beta"] for model in results["models"]])
-    lighter, part = spearman(betas, own / many), float((many < one).mean())
+    lighter, part = float(spearman(betas, own / many)), float((many < one).mean())
     mean_ratio = geometric_mean(many / own)
     return [
         Claim.of(
