@@ -53,6 +53,17 @@ def tiny():
     return small_config
 
 
+@pytest.fixture
+def quick_classifier(monkeypatch, tmp_path_factory) -> Path:
+    """The classifier that images are compared by is trained briefly, and kept in the folder that this is."""
+    from vae.evaluation import samples
+
+    folder = tmp_path_factory.getbasetemp() / "classifiers of tests"
+    monkeypatch.setenv("VAE_CACHE_DIR", str(folder))
+    monkeypatch.setattr(samples, "trained_classifier", functools.partial(samples.trained_classifier, steps=50))
+    return folder / "classifiers"
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Where real data sets are; the test is skipped on a machine that has none."""

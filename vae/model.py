@@ -198,9 +198,15 @@ class VAE(nn.Module):
         return output(posterior, z, params, distortion, self.kl(posterior, z))
 
     def distortion(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """-log p(x|z) of each image in nats, (*S, B), at z (*S, B, D). Where the decoder takes maps of `any_size`, image and z
-        may both be smaller or larger by one factor."""
-        return self._decoded(x, z, y)[1]
+        """-log p(x|z) of each image in nats, (*S, B), at z (*S, B, D), by the likelihood as it is in evaluation: a scale that
+        follows the training batches is not moved by these. Where the decoder takes maps of `any_size`, image and z may both be
+        smaller or larger by one factor."""
+        training = self.likelihood.training
+        self.likelihood.eval()
+        try:
+            return self._decoded(x, z, y)[1]
+        finally:
+            self.likelihood.train(training)
 
     def _decoded(self, x: Tensor, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """The likelihood's parameters, of this rank's images where ranks share, and the distortion of all."""
@@ -210,7 +216,7 @@ class VAE(nn.Module):
         images = z.ndim - 2  # the dimension of z, params and distortion that counts them
         own_x, own_y = ranks.own(x), None if y is None else ranks.own(y, y.ndim - 1)
         params = self.decode(ranks.own(z, images), own_y, own_x)
-        if self.training and self.likelihood.of_whole_batches:
+        if self.likelihood.training and self.likelihood.of_whole_batches:
             return params, -self.likelihood.log_prob(ranks.joined(params, len(x), images), x)
         return params, ranks.joined(-self.likelihood.log_prob(params, own_x), len(x), images)
 

@@ -27,7 +27,7 @@ def figure(results: dict[str, Any]) -> Figure:
         draw_plane(ax, results, key)
     left.set_ylabel("Frechet distance of samples, mixture fitted")
     right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    correlations, gains, pictures = below.subplots(1, 3)
+    correlations, gains, pictures = below.subplots(1, 3, width_ratios=[1, 1, 1.2])
     draw_correlations(correlations, results)
     draw_gains(gains, results)
     draw_pictures(pictures, results)

@@ -35,6 +35,7 @@ from vae.engine.trainer import build_trainer, device_count, trainer_options
 from vae.errors import VAEError
 from vae.seeding import generator
 
+pytestmark = pytest.mark.usefixtures("quick_classifier")
 OBJECTIVES = sorted(path.stem for path in (Path(CONFIGS) / "objective").glob("*.yaml"))
 SMALL = ["data.limit=64", "data.batch_size=32", "evaluation.nll_samples=5", "threads=1", "trainer.accelerator=cpu"]
 SMALL += ["callbacks=minimal", "network.hidden=[16]", "model.latent_dim=4"]

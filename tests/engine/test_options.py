@@ -16,18 +16,24 @@ from vae.engine.trainer import build_trainer
 from vae.engine.typed import check_types, fits, in_words
 from vae.errors import VAEError, choose, whole
 
+pytestmark = pytest.mark.usefixtures("quick_classifier")
 #: Values that few options take: each either works or is refused in a sentence.
 ODD = (-1, 0, 2.5, math.nan, "text", [1, "a"], None)
+SPATIAL = ["network=autoencoder_kl", "network.block_out_channels=[4,4]", "network.norm_num_groups=2"]
+SPATIAL += ["model.latent_dim=32"]
 #: What a run needs to be tried in an instant, and the data sets that are on no machine.
 WITH = {
     "cvae": [],
     "m2": ["data.labeled=20"],
     "ada_gvae": ["data=sprites", "++data.source.size=16"],
+    "equivariance": SPATIAL,
+    "spectrum": SPATIAL,
     "two_layer": ["posterior=two_layer", "prior=two_layer"],
     "burgess": ["data=sprites"],
 }
 SPRITES = "++data.source.subset={scale: 2, orientation: 3, x: 3, y: 3}"
-GROUPS = ("network", "likelihood", "prior", "posterior", "objective", "objective/schedule", "optimizer", "lr_schedule")
+GROUPS = ("network", "likelihood", "prior", "posterior", "objective", "objective/schedule", "regularizer", "optimizer")
+GROUPS += ("lr_schedule",)
 
 
 def options_of(path: Path) -> list[str]:

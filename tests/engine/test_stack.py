@@ -20,6 +20,7 @@ from vae.engine.structure import signature
 from vae.engine.working_memory import bytes_of_run, free_bytes
 from vae.seeding import generator
 
+pytestmark = pytest.mark.usefixtures("quick_classifier")
 #: Of each objective that says it can be packed: what two runs differ in.
 OBJECTIVES = {
     "beta_vae": (["objective.beta=0.5"], ["objective.beta=4"]),

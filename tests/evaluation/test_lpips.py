@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import functools
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from weights import publish
 
-from vae.engine.run import load, measure, train
+from vae.engine.build import build
 from vae.errors import VAEError
 from vae.evaluation import reconstruction
 from vae.evaluation.lpips import INCEPTION, LPIPS, NETWORKS, Inception, comparison
-from vae.evaluation.samples import frechet_distance, trained_classifier
+from vae.evaluation.measures import MEASURES, check_options
+from vae.evaluation.samples import frechet_distance
+from vae.evaluation.work import Work
 
 SPRITES = ["data=sprites", "++data.source.size=32", "++data.source.subset={scale: 2, orientation: 3, x: 3, y: 3}"]
 
@@ -63,13 +66,14 @@ def test_lpips_is_the_formula_of_the_paper_and_0_of_equal_images(folder, network
     assert metric(a[:1], b[:1]).item() == pytest.approx(metric(a, b)[0].item(), rel=1e-5)
 
 
-def test_lpips_is_the_peers_at_the_same_weights(folder):
-    peer = pytest.importorskip("torchmetrics.functional.image.lpips")._LPIPS(
-        pretrained=False, net="alex", pnet_rand=True
-    )
-    backbone, linear = (torch.load(folder / file, weights_only=True) for file in NETWORKS["alex"][:2])
-    peer.net.load_state_dict({name: backbone[f"features.{name.split('.', 1)[1]}"] for name in peer.net.state_dict()})
-    peer.load_state_dict(linear, strict=False)
+@pytest.mark.slow
+def test_with_the_published_linear_weights_lpips_is_the_peers(tmp_path):
+    peers = pytest.importorskip("torchmetrics.functional.image.lpips")
+    folder = publish(tmp_path / "weights")
+    backbone, linear = (folder / file for file in NETWORKS["alex"][:2])
+    shutil.copy(Path(peers.__file__).parent / "lpips_models" / linear.name, linear)
+    peer, weights = peers._LPIPS(pretrained=True, net="alex", pnet_rand=True), torch.load(backbone, weights_only=True)
+    peer.net.load_state_dict({name: weights[f"features.{name.split('.', 1)[1]}"] for name in peer.net.state_dict()})
     a, b = images(2, 3, 40, 40), images(2, 3, 40, 40, seed=1)
     theirs = peer(a, b, normalize=True).flatten()
     torch.testing.assert_close(made(folder, "alex", (3, 40, 40))(a, b), theirs, rtol=1e-4, atol=1e-6)
@@ -105,24 +109,23 @@ def test_a_file_that_is_missing_damaged_or_of_another_network_is_named(tmp_path)
         comparison(folder, (3, 32, 32), "reconstruction.weights")
 
 
-def test_the_measure_of_a_run_has_lpips_and_says_what_is_too_small(tiny, tmp_path, monkeypatch, folder, caplog):
-    monkeypatch.setenv("VAE_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(reconstruction, "trained_classifier", functools.partial(trained_classifier, steps=20))
-    train(tiny(*SPRITES, "logger=none"), tmp_path / "run", [], progress_bar=False)
-    options = {"measures": ["reconstruction"], "reconstruction": {"images": 8, "weights": str(folder)}}
-    found = measure(tmp_path / "run", "test", options)
-    _, data, module = load(tmp_path / "run")
+def test_the_measure_has_lpips_of_the_reconstructions_and_says_what_is_too_small(tiny, folder, monkeypatch, caplog):
+    monkeypatch.setattr(reconstruction, "has_labels", lambda data: False)
+    data, module = build(tiny(*SPRITES))
+    work = Work("reconstruction")
+    found = MEASURES["reconstruction"](module.vae, data, "test", work, images=8, weights=str(folder))
     x = data.examples("test", 8).x
     with torch.no_grad():
         fake = module.vae.reconstruct(x).clamp(0, 1)
     for network in ("alex", "vgg"):
         expected = by_hand(folder, network, x, fake).mean().item()
-        assert found[f"test/reconstruction/lpips_{network}"] == pytest.approx(expected, rel=1e-4)
+        assert found[f"lpips_{network}"] == pytest.approx(expected, rel=1e-4)
     compare = comparison(folder, (1, 20, 20), "reconstruction.weights")
     assert set(compare(images(4, 1, 20, 20), images(4, 1, 20, 20), torch.device("cpu"))) == {"lpips_vgg"}
     assert "lpips_alex is left out: LPIPS of alex needs images of at least 31x31 pixels, not 20x20." in caplog.text
+    check_options("reconstruction", {"weights": None, "images": 8})
     with pytest.raises(VAEError, match=r"reconstruction\.weights=3 must be the name of a folder, or null"):
-        measure(tmp_path / "run", "test", {"measures": ["reconstruction"], "reconstruction": {"weights": 3}})
+        check_options("reconstruction", {"weights": 3})
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import shutil
 
@@ -14,20 +13,14 @@ from weights import publish
 
 from vae.engine.build import build
 from vae.engine.module import VAEModule
-from vae.engine.run import evaluate, load, train
+from vae.engine.run import evaluate, train
 from vae.engine.stored import read_checkpoint
 from vae.errors import VAEError
 from vae.evaluation import samples
 from vae.evaluation.lpips import NETWORKS
 from vae.seeding import generator
 
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "classifiers of features"
-    monkeypatch.setenv("VAE_CACHE_DIR", str(folder))
-    monkeypatch.setattr(samples, "trained_classifier", functools.partial(samples.trained_classifier, steps=50))
-    return folder / "classifiers"
+pytestmark = pytest.mark.usefixtures("quick_classifier")
 
 
 @pytest.fixture
@@ -93,14 +86,21 @@ def test_at_weight_0_a_run_is_the_beta_vaes_to_the_last_bit(tiny, tmp_path):
     zero = train(
         tiny("objective=feature", "objective.lambda_feature=0", *common), tmp_path / "zero", [], progress_bar=False
     )
+    of_zero = weights(tmp_path / "zero")
     for name, value in weights(tmp_path / "plain").items():
-        assert torch.equal(weights(tmp_path / "zero")[name], value), name
+        assert torch.equal(of_zero[name], value), name
     different = {name for name in plain if plain[name] != zero[name] and "seconds" not in name}
     assert different == set() and zero["test/feature"] > 0
 
 
-def test_a_run_holds_its_network_and_resumes_exactly_without_training_it_again(tiny, tmp_path, cache, monkeypatch):
-    config = tiny("objective=feature", "logger=none", "callbacks.interruptible.every_n_steps=1", "trainer.max_epochs=2")
+def test_a_run_holds_its_network_and_resumes_exactly_without_training_it_again(
+    tiny, tmp_path, quick_classifier, monkeypatch
+):
+    config = tiny(
+        "objective=feature", "network=autoencoder_kl", "network.block_out_channels=[4,4]", "network.norm_num_groups=2",
+        "model.latent_dim=32", "regularizer=equivariance", "regularizer.weight=0.3", "logger=none",
+        "callbacks.interruptible.every_n_steps=1", "trainer.max_epochs=2", "evaluation.nll_samples=0",
+    )  # fmt: skip
     whole = train(config, tmp_path / "whole", [], progress_bar=False)
     step = VAEModule.training_step
 
@@ -114,7 +114,7 @@ def test_a_run_holds_its_network_and_resumes_exactly_without_training_it_again(t
         with pytest.raises(RuntimeError, match="killed"):
             train(config, tmp_path / "cut", [], progress_bar=False)
     before = weights(tmp_path / "cut")
-    shutil.rmtree(cache)
+    shutil.rmtree(quick_classifier)
 
     def refuse(*_, **__):
         raise AssertionError("trained again")
@@ -124,11 +124,13 @@ def test_a_run_holds_its_network_and_resumes_exactly_without_training_it_again(t
     assert {k: v for k, v in resumed.items() if "seconds" not in k} == {
         k: v for k, v in whole.items() if "seconds" not in k
     }
+    after = weights(tmp_path / "cut")
     for name, value in weights(tmp_path / "whole").items():
-        assert torch.equal(weights(tmp_path / "cut")[name], value), name
+        assert torch.equal(after[name], value), name
         if "features" in name:
             assert torch.equal(before[name], value) and value.abs().max() > 0
-    assert evaluate(tmp_path / "cut")["test/feature"] == pytest.approx(whole["test/feature"], rel=1e-6)
+    found = evaluate(tmp_path / "cut")
+    assert all(found[name] == pytest.approx(whole[name], rel=1e-6) for name in ("test/feature", "test/equivariance"))
 
 
 def test_data_without_labels_and_a_folder_without_weights_are_refused_before_anything_is_written(tiny, tmp_path):
@@ -143,6 +145,10 @@ def test_data_without_labels_and_a_folder_without_weights_are_refused_before_any
     )  # fmt: skip
     with pytest.raises(VAEError, match=r"no alexnet-owt-7be5be79\.pth in .*: set objective\.features\.weights to the"):
         build(lpips)
+    with pytest.raises(
+        VAEError, match=r"set objective\.features\.weights to a folder with alexnet-owt-7be5be79\.pth of"
+    ):
+        build(tiny("objective=feature", "objective/features=lpips"))
     for override, why in (
         ("objective.features.network=vgg", r"no vgg16-397923af\.pth"),
         ("objective.features.network=lenet", r"objective\.features\.network=lenet is unknown: choose one of alex, vgg"),
@@ -161,24 +167,25 @@ def _with(config, override):
     return config
 
 
-def test_lpips_is_in_the_checkpoint_and_a_change_of_its_file_is_said(tiny, tmp_path, monkeypatch, caplog, published):
+def test_lpips_is_in_the_checkpoint_and_a_change_of_its_file_is_said(tiny, published, caplog):
     config = tiny(
-        "objective=feature", "objective/features=lpips", f"objective.features.weights={published}", "logger=none",
+        "objective=feature", "objective/features=lpips", f"objective.features.weights={published}",
         "data=sprites", "++data.source.size=32", "++data.source.subset={scale: 2, orientation: 3, x: 3, y: 3}",
-        "callbacks.interruptible.every_n_steps=1",
     )  # fmt: skip
-    train(config, tmp_path / "run", [], progress_bar=False)
-    _, _, first = load(tmp_path / "run")
-    assert not caplog.records
-    linear = published / NETWORKS["alex"].linear
-    torch.save({name: 2 * value for name, value in torch.load(linear, weights_only=True).items()}, linear)
+    kept = build(config)[1].state_dict()
+    assert kept["objective.features.w0"].min() >= 0 and kept["objective.features.w0"].max() > 0.9
+
+    def loaded():
+        caplog.clear()
+        module = build(config, start=False)[1]
+        module.load_state_dict(kept)
+        assert all(torch.equal(value, kept[name]) for name, value in module.state_dict().items())
+        return caplog.text
+
     with caplog.at_level(logging.WARNING):
-        _, _, second = load(tmp_path / "run")
-    assert "are others than when the run began: it keeps those that it began with" in caplog.text
-    caplog.clear()
-    linear.unlink()
-    _, _, third = load(tmp_path / "run")
-    for module in (second, third):
-        for name, value in first.objective.features.state_dict().items():
-            assert torch.equal(module.objective.features.state_dict()[name], value), name
-    assert not caplog.records
+        assert not loaded()
+        linear = published / NETWORKS["alex"].linear
+        torch.save({name: 2 * value for name, value in torch.load(linear, weights_only=True).items()}, linear)
+        assert "are others than when the run began: it keeps those that it began with" in loaded()
+        linear.unlink()
+        assert not loaded()

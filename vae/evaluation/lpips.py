@@ -63,8 +63,9 @@ class LPIPS(Features):
     """sum over blocks of mean over places of sum_c w_c (f_c(a) - f_c(b))^2, f scaled to unit length over channels.
 
     Zhang et al. 2018, equation 1, version 0.1 of its weights. Images in [0, 1] at their own size, taken to [-1, 1] here; grey
-    ones as three equal channels. weights: the folder of both files; network: alex or vgg. Raises VAEError for images that are
-    too small or neither grey nor RGB, and from `start` for a file that is missing, damaged or of another network.
+    ones as three equal channels. weights: the folder of both files; network: alex or vgg. Raises VAEError without a folder, for
+    images that are too small or neither grey nor RGB, and from `start` for a file that is missing, damaged or of another
+    network.
 
     All weights are in the checkpoint. Where a file is another when that is loaded than when training began, a warning says so.
     """
@@ -76,12 +77,17 @@ class LPIPS(Features):
     def __init__(
         self,
         image_shape: tuple[int, int, int],
-        weights: str,
+        weights: str | None = None,
         network: str = "alex",
         key: str = "objective.features.weights",
     ) -> None:
         super().__init__()
         published = NETWORKS[choose("objective.features.network", network, NETWORKS)]
+        if weights is None:
+            raise VAEError(
+                f"LPIPS needs weights that are not shipped: set {key} to a folder with {published.backbone} of torchvision and "
+                f"{published.linear} of lpips."
+            )
         channels, height, width = image_shape
         if channels not in (1, 3):
             raise VAEError(f"LPIPS compares grey and RGB images, and these have {channels} channels.")
