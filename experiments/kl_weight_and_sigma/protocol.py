@@ -69,7 +69,7 @@ def built(config: str) -> tuple[VAEModule, Batch]:
     from vae.cli import CONFIGS
     from vae.engine.build import build
 
-    small = ["network=mlp", "model.latent_dim=8", f"data.limit={EXACT['images']}"]
+    small = ["model.latent_dim=8", f"data.limit={EXACT['images']}"]
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         data, module = build(compose("train", [config, *small]))
     module.double()
@@ -172,7 +172,7 @@ def cells(betas: list[float], start: float) -> dict[str, list[str]]:
 
 def measure(context: Context) -> dict[str, Any]:
     settings = context.settings
-    exact = context.cached("exact", partial(measure_exact, context.config))
+    exact = context.cached("exact", partial(measure_exact, f"experiment={context.name}_quick"))  # a dense network
     folders = context.train_grid(cells(settings["betas"], settings["start"]), settings["seeds"])
     found = measured(context, folders)
     beta = float(f"{fmean(run['sigma2'] for run in found['optimal']):.3g}")
@@ -199,11 +199,13 @@ def measure_run(folder: Path, pictures: bool) -> dict[str, Any]:
 
     _, data, module = load(folder)
     load_weights(module, folder / "checkpoints" / "last.ckpt")
-    vae = module.vae.eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = module.vae.eval().to(device)
     result: dict[str, Any] = {"sigma2": vae.likelihood.log_sigma.double().mul(2).exp().item()}
     for split in ("train", "test"):
         totals, errors, variances, means = ELBOTotals(), [], [], []
         for batch in data.batches(split):
+            batch = batch._replace(x=batch.x.to(device))
             out = totals.update(vae, batch)
             errors.append((vae.likelihood.mean(out.params) - batch.x).double().square().flatten(1).mean(1))
             variances.append(out.posterior.log_var.double().exp())
@@ -214,9 +216,9 @@ def measure_run(folder: Path, pictures: bool) -> dict[str, Any]:
     result["posterior_sd"] = torch.cat(variances).mean().sqrt().item()
     result["latent_sd"] = (torch.cat(variances).mean(0) + torch.cat(means).var(0)).mean().sqrt().item()
     if pictures:
-        batch = data.examples("test", SHOWN)
-        z = vae.encode(batch.x).rsample(generator("shown"))
-        shown = (batch.x, vae.likelihood.mean(vae.decode(z)), vae.sample(SHOWN, generator("samples")))
-        result["pictures"] = [pack_images(images[:, 0].clamp(0, 1)) for images in shown]
-    result["pixels"] = batch.x[0].numel()
+        x = data.examples("test", SHOWN).x.to(device)
+        z = vae.encode(x).rsample(generator("shown", device=device))
+        shown = (x, vae.likelihood.mean(vae.decode(z)), vae.sample(SHOWN, generator("samples", device=device)))
+        result["pictures"] = [pack_images(images[:, 0].clamp(0, 1).cpu()) for images in shown]
+    result["pixels"] = totals.pixels
     return result

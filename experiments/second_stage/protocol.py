@@ -125,7 +125,8 @@ def measure_run(
     perfect second stage would decode.
     """
     _, data, module = load(folder)
-    vae: VAE = module.vae
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae: VAE = module.vae.to(device)
     seen = reconstruction_quality(vae, data, images, cache=classifiers)
     latent = latent_quality(vae, data, images, cache=classifiers)
     n, metrics = min(images, len(data.splits_ready().test)), read_metrics(folder)
@@ -139,20 +140,21 @@ def measure_run(
         "latent_dim": vae.latent_dim,
         "frechet": {},
     }
-    features = classifier_features(data, 0, classifiers, torch.device("cpu"))
+    features = classifier_features(data, 0, classifiers, device)
     real = features(data.examples("test", n).x)
     found["floor"] = frechet_distance(real, features(data.examples("train", n).x))
-    z = aggregate(vae, data, "train", seed=0).z[:n]
+    z = aggregate(vae, data, "train", seed=0).z[:n].to(device)
     fake = torch.cat([vae.mean_image(part) for part in z.split(500)])
     found["frechet"]["aggregate"] = frechet_distance(real, features(fake))
     shown = {}
-    own, seed = vae.prior, generator("second stage")
+    own, seed = vae.prior, generator("second stage", device=device)
     for name in ("N(0, I)", *priors):
         if name != "N(0, I)":
-            fit_prior(vae, data, folder, name, options=priors[name], resume="restart")
+            with torch.enable_grad():  # of a flow
+                fit_prior(vae, data, folder, name, options=priors[name], resume="restart")
             vae.prior = read_prior(folder, name, vae)
         fake = model_samples(vae, n, seed, draw_pixels=False, at_a_time=500)
         found["frechet"][name] = frechet_distance(real, features(fake))
-        shown[name] = pack_images(fake[:SHOWN, 0].clamp(0, 1))
+        shown[name] = pack_images(fake[:SHOWN, 0].clamp(0, 1).cpu())
         vae.prior = own
     return {**found, "pictures": shown} if pictures else found

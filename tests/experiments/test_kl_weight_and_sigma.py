@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from experiments.kl_weight_and_sigma import claims, figure, protocol
+from vae.cli import CONFIGS
 from vae.engine.run import evaluate, train
 from vae.experiment_figures import pack_images
 
@@ -66,6 +68,16 @@ def test_a_run_is_measured_as_the_library_measures_it(tiny, tmp_path):
     assert found["posterior_sd"] < found["latent_sd"]
     assert claims.log_density(found, sigma2) == pytest.approx(library["test/elbo"], rel=1e-5)
     assert [row["shape"] for row in found["pictures"]] == [[8, 8, 8]] * 3
+
+
+@pytest.mark.parametrize("config", ["kl_weight_and_sigma_quick", "kl_weight_and_sigma"])
+def test_the_configs_take_every_way_to_choose_a_weight(config):
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        for name, overrides in protocol.cells([0.01], 0.1).items():
+            found = compose("train", [f"experiment={config}", *overrides])
+            weight = found.objective.beta * found.likelihood.sigma**2  # sigma is where a learned one starts
+            assert weight == pytest.approx(1.0 if name in ("optimal", "learned from 1") else 0.01)
+            assert found.data.binarize == "none"
 
 
 def test_the_runs_differ_in_the_weight_or_in_sigma():

@@ -8,13 +8,16 @@ from functools import partial
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
 from experiments.second_stage import claims, figure, protocol
+from vae.cli import CONFIGS
 from vae.engine.run import evaluate, train
 from vae.evaluation.samples import trained_classifier
 from vae.experiment_figures import pack_images
+from vae.fitting import WhitenedFlow
 
-PRIORS = {"gaussian": {}, "mixture": {"components": 2}}
+PRIORS = {"gaussian": {}, "mixture": {"components": 2}, "realnvp": {"epochs": 1, "layers": 2}}
 
 
 def test_rank_correlations_are_scipys_with_ties_too():
@@ -46,6 +49,18 @@ def test_every_cell_is_a_first_stage_that_can_be_built():
     assert all(name.startswith("flat,") for name in found if "network=resnet" in found[name][1])
 
 
+@pytest.mark.parametrize(("form", "config"), [("quick", "second_stage_quick"), ("full", "second_stage")])
+def test_the_configs_take_every_kind_of_latent(form, config):
+    made = protocol.cells(protocol.SETTINGS[form])
+    last = {of["kind"]: (of, overrides) for of, overrides in made.values()}
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        for of, overrides in last.values():
+            found = compose("train", [f"experiment={config}", *overrides])
+            assert (found.objective.beta, found.model.latent_dim) == (of["beta"], of["size"])
+            assert (found.data.binarize, found.likelihood.sigma) == ("none", 1.0)
+            assert ("autoencoder_kl" in found.network._target_) == (of["kind"] == "map")
+
+
 def test_a_model_is_measured_as_the_library_measures_it(tiny, tmp_path, monkeypatch):
     short = partial(trained_classifier, steps=10)
     monkeypatch.setattr("vae.evaluation.reconstruction.trained_classifier", short)
@@ -59,9 +74,15 @@ def test_a_model_is_measured_as_the_library_measures_it(tiny, tmp_path, monkeypa
     train(config, tmp_path, [], progress_bar=False)
     found = protocol.measure_run(tmp_path / "classifiers", tmp_path, 60, PRIORS, pictures=True)
     assert found["rate"] == pytest.approx(evaluate(tmp_path)["test/rate"], rel=1e-6)
-    assert set(found["frechet"]) == {"aggregate", "N(0, I)", "gaussian", "mixture"}
-    assert [len(getattr(prior, "logits", "")) for prior in sampled] == [0, 1, 2]  # N(0, I), one Gaussian, two
-    assert [row["shape"] for row in found["pictures"].values()] == [[8, 8, 8]] * 3
+    assert set(found["frechet"]) == {"aggregate", "N(0, I)", *PRIORS}
+    assert [len(getattr(prior, "logits", "")) for prior in sampled] == [
+        0,
+        1,
+        2,
+        0,
+    ]  # N(0, I), one Gaussian, two, a flow
+    assert isinstance(sampled[3], WhitenedFlow)
+    assert [row["shape"] for row in found["pictures"].values()] == [[8, 8, 8]] * 4
     assert found["latent_dim"] == 3 and 1 <= found["effective_rank"] <= 3
 
 
