@@ -119,7 +119,12 @@ class Table:
         from rich.text import Text
 
         table = RichTable(
-            title=self.title or None, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left"
+            title=self.title or None,
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            show_edge=False,
+            title_justify="left",
         )
         for number, column in enumerate(self.columns):
             table.add_column(

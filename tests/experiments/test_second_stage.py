@@ -15,7 +15,7 @@ from vae.cli import CONFIGS
 from vae.engine.run import evaluate, train
 from vae.evaluation.samples import trained_classifier
 from vae.experiment_figures import pack_images
-from vae.fitting import WhitenedFlow
+from vae.fitting import Whitened
 
 PRIORS = {"gaussian": {}, "mixture": {"components": 2}, "realnvp": {"epochs": 1, "layers": 2}}
 
@@ -81,7 +81,7 @@ def test_a_model_is_measured_as_the_library_measures_it(tiny, tmp_path, monkeypa
         2,
         0,
     ]  # N(0, I), one Gaussian, two, a flow
-    assert isinstance(sampled[3], WhitenedFlow)
+    assert isinstance(sampled[3], Whitened)
     assert [row["shape"] for row in found["pictures"].values()] == [[8, 8, 8]] * 4
     assert found["latent_dim"] == 3 and 1 <= found["effective_rank"] <= 3
 
