@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,14 +82,12 @@ def blocks_of(config: Any, steps: int) -> Callable[[], float]:
 
 
 def stack_blocks(configs: list[Any], steps: int) -> tuple[Stack, Callable[[], float]]:
-    members, loaders, shared = [], [], SHARED.set({})
+    members, loaders = [], []
     for config in configs:
         data, module = build(config)
-        data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda" if GPU else "cpu")))
         module.train().to("cuda" if GPU else "cpu")
         members.append(Member(module.vae, module.objective, module.configure_optimizers(), data))
         loaders.append(_endless(data.train_dataloader()))
-    SHARED.reset(shared)
     stack, taken = Stack(members), 0
 
     def block() -> float:

@@ -14,6 +14,9 @@ from omegaconf import DictConfig
 
 from vae.cli import CONFIGS
 
+# Known answers are those of a CPU, and a process that has used a GPU cannot be forked, which tests of kills and devices do.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:

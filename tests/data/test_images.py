@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vae.data.images import Images, ImageSet, Rows, Splits, accepted, resident
+from vae.data.images import Images, Rows, Splits, accepted
 from vae.data.module import ImageDataModule, binarized_once
 from vae.errors import VAEError
 
@@ -203,18 +203,3 @@ def test_fewer_labels_than_asked_for_are_told():
     assert kept[4:].tolist() == [1, 1]
     with pytest.raises(VAEError, match="multiple of the number of classes, 2"):
         data(y=y, labeled=3).setup()
-
-
-def test_a_split_in_memory_is_sent_to_a_gpu_once_and_whole_where_it_takes_an_eighth_of_what_is_free():
-    rows = Rows(Images(torch.arange(40, dtype=torch.uint8).view(10, 1, 2, 2)), torch.tensor([7, 2, 5]), torch.arange(3))
-    gpu = torch.device("meta")  # a device that holds no values will do
-    there = resident(rows, gpu, free=8 * 12)
-    assert (there.x.device, len(there), there.y.shape) == (gpu, 3, (3,))
-    assert resident(rows, gpu, free=8 * 12) is there
-    assert resident(rows, gpu, free=8 * 12 - 1) is rows
-    assert resident(rows, torch.device("cpu"), free=1e9) is rows
-
-    class OnDisk(ImageSet):
-        shape = (1, 2, 2)
-
-    assert isinstance(resident(OnDisk(), gpu, free=1e9), OnDisk)

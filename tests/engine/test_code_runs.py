@@ -12,7 +12,8 @@ from vae.engine.callbacks.pictures import all_pictures
 from vae.engine.exporting import export
 from vae.engine.fitted_priors import fit_prior
 from vae.engine.latents import write_latents
-from vae.engine.run import load, measure, train
+from vae.engine.measuring import measure
+from vae.engine.run import load, train
 from vae.errors import VAEError
 from vae.latents.session import Session
 

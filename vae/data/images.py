@@ -93,26 +93,10 @@ class Images(ImageSet):
 
     def gather(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         # index_select is an order of magnitude faster than x[index] for small images
-        index = index.to(self.x.device)
         return self.x.index_select(0, index), None if self.y is None else self.y.index_select(0, index)
 
     def subset(self, index: Tensor) -> Images:
         return Images(*self.gather(index))
-
-
-def resident(images: ImageSet, device: torch.device, free: float) -> ImageSet:
-    """The split on a GPU, if it is held whole in memory and an eighth of the `free` bytes is enough: its batches need not be
-    sent one by one. It is sent once, however many runs ask for it. Otherwise, and for a CPU, the split as it is."""
-    whole = images.whole if isinstance(images, Rows) else images
-    if device.type == "cpu" or not isinstance(whole, Images):
-        return images
-    if 8 * len(images) * whole.x[:1].numel() * whole.x.element_size() > free:
-        return images
-    there: dict[torch.device, Images] = images.__dict__.setdefault("_resident", {})
-    if device not in there:
-        x, y = images.gather(torch.arange(len(images)))
-        there[device] = Images(x.to(device), None if y is None else y.to(device))
-    return there[device]
 
 
 @dataclass

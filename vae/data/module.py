@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from vae.data.images import Batch, Images, ImageSet, Rows, Splits, accepted, resident
+from vae.data.images import Batch, Images, ImageSet, Rows, Splits, accepted
 from vae.data.loader import BatchLoader, EpochSampler
 from vae.data.pairs import partners_of
 from vae.errors import VAEError, choose, whole
@@ -227,9 +227,6 @@ class ImageDataModule(pl.LightningDataModule):
         )
         sampler = EpochSampler(len(images), batch_size, seed, shuffle, guests, images)
         partners = None if self.changed_factors is None else partners_of(images, self.changed_factors)
-        if shuffle and partners is None and self.trainer is not None:
-            device = self.trainer.strategy.root_device
-            images = resident(images, device, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0)
         return BatchLoader(images, sampler, split, self.num_workers, partners)
 
     def train_dataloader(self) -> BatchLoader:

@@ -131,7 +131,8 @@ def build_trainer(
     Where the config asks for several devices their processes have met before (`vae.engine.devices`)."""
     quiet_lightning()
     if folder is None and (devices := config.trainer.get("devices", 1)) != 1:  # measuring takes one device, of any run
-        here = OmegaConf.is_list(devices) and devices[0] < torch.cuda.device_count()
+        on_gpu = config.trainer.get("accelerator") != "cpu"
+        here = on_gpu and OmegaConf.is_list(devices) and devices[0] < torch.cuda.device_count()
         one = {"devices": [devices[0]] if here else 1, **({"strategy": "auto"} if "strategy" in config.trainer else {})}
         config = OmegaConf.merge(config, {"trainer": one})
     options = trainer_options(config)
