@@ -12,8 +12,8 @@ from vae.engine.run import train
 @pytest.fixture(autouse=True)
 def plots_in_no_time(monkeypatch):
     """Matplotlib takes most of the time of these runs: what it would show, as grey."""
-    monkeypatch.setattr(pictures, "kl_bars", lambda kl: kl.float().expand(3, 1, -1))
-    monkeypatch.setattr(pictures, "latent_space", lambda mean, kl, labels: mean[:, kl.argsort()].expand(3, -1, -1))
+    monkeypatch.setattr(pictures, "kl_bars", lambda kl, *_: kl.float().expand(3, 1, -1))
+    monkeypatch.setattr(pictures, "latent_space", lambda mean, kl, labels, *_: mean[:, kl.argsort()].expand(3, -1, -1))
 
 
 def test_a_run_killed_at_the_moments_of_writing_ends_as_one_never_stopped(tiny, tmp_path):
