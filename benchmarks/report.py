@@ -87,11 +87,13 @@ def markdown(results: dict[str, Any]) -> str:
         for title, heads, rows in tables({section: results[section]}):
             lines += [f"**{title}**", "", f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
             lines += [f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows]
+            load = f" Load before the start: {facts['load']:.2f} processes." if "load" in facts else ""
             lines += [
                 "",
                 f"Measured {facts['date']} on {facts['device']}, {facts['cores']} cores, {facts['threads']} threads a process, "
                 f"torch {facts['torch']}, pytorch-lightning {facts['pytorch_lightning']}, Python {facts['python']}, commit "
-                f"{facts['git_commit']}. Load before the start: {facts['load']:.2f} processes.",
+                f"{facts['git_commit']}."
+               ",
                 "",
             ]
     return "\n".join(lines)

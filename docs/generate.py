@@ -139,7 +139,7 @@ def speed() -> str:
         "arithmetic; both begin with the same weights and noise, and their epochs take turns in one process. `make bench` and "
         "`make bench-peers` measure again.\n"
     )
-    for name in ("bench", "peers"):
+    for name in ("bench", "gpu", "peers"):
         text = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
         text = re.sub(r"^# ", "## ", text, flags=re.M)
         lines.append(text)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from vae.cli import TRANSIENT, command
@@ -47,6 +46,7 @@ from vae.engine.trainer import (
     backend,
     build_trainer,
     device_count,
+    flush_denormals,
     quiet_lightning,
     set_threads,
     trainer_options,
@@ -88,8 +88,7 @@ def train(
     options = trainer_options(config)
     require_packages(config)
     set_threads(config.threads)
-    # Unused mixture components have denormal gradients, which are many times slower on a CPU.
-    torch.set_flush_denormal(True)
+    flush_denormals()
     with only_process(folder):
         last = folder / "checkpoints" / "last.ckpt"
         going_on = resume is True and holds_training(folder)
@@ -173,7 +172,7 @@ def accompany(config: DictConfig, folder: Path, checkpoint: Path | None, ranks: 
     """What a rank above 0 does of `train`: all but write."""
     quiet_lightning()
     set_threads(config.threads)
-    torch.set_flush_denormal(True)
+    flush_denormals()
     ranks.wait("rank 0 has its data")  # which it may have had to download
     _fit_and_test(config, folder, [], checkpoint, False, ranks=ranks)
 
