@@ -92,8 +92,7 @@ def markdown(results: dict[str, Any]) -> str:
                 "",
                 f"Measured {facts['date']} on {facts['device']}, {facts['cores']} cores, {facts['threads']} threads a process, "
                 f"torch {facts['torch']}, pytorch-lightning {facts['pytorch_lightning']}, Python {facts['python']}, commit "
-                f"{facts['git_commit']}."
-               ",
+                f"{facts['git_commit']}.{load}",
                 "",
             ]
     return "\n".join(lines)
