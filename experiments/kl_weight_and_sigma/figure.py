@@ -62,7 +62,7 @@ def draw_plane(ax: Axes, results: dict[str, Any]) -> None:
     for cell, (label, colour, marker) in LEARNED.items():
         runs = results["runs"][cell]
         ax.plot(mean(runs, "test", "rate"), mean(runs, "test", "mse"), marker, color=colour, ms=10, ls="", label=label)
-    ax.set(xlabel="rate (nats an image)", ylabel="mean squared error of a sub-pixel", title="One curve")
+    ax.set(xlabel="rate (nats per image)", ylabel="mean squared error of a sub-pixel", title="One curve")
     ax.set(xscale="log", yscale="log")
     log_ticks(ax, x=[5, 10, 20, 50, 100, 200, 400], y=[0.01, 0.015, 0.02, 0.03])
     ax.set_ylim(0.8 * min(mse), 1.15 * max(mse))
@@ -98,4 +98,4 @@ def draw_elbo(ax: Axes, results: dict[str, Any]) -> None:
         ha="right",
         color=MUTED,
     )
-    ax.set(xscale="log", xlabel="beta, or sigma²", ylabel="nats a test image", title="ELBO, sigma fitted afterwards")
+    ax.set(xscale="log", xlabel="beta, or sigma²", ylabel="nats per test image", title="ELBO, sigma fitted afterwards")
