@@ -163,3 +163,19 @@ def test_starting_anew_removes_what_was_there(tiny, tmp_path):
     measure(tmp_path, "val", LIKELIHOOD)
     trained(tiny("seed=1"), tmp_path, resume="restart")
     assert not per_image_path(tmp_path, "val").exists() and per_image_path(tmp_path, "test").exists()
+
+
+def test_what_was_measured_of_other_weights_is_set_aside_when_a_longer_run_ends(tiny, tmp_path, caplog):
+    config = tiny("trainer.max_epochs=1")
+    train(config, tmp_path, [], progress_bar=False)
+    measure(tmp_path, "test", {"measures": "samples"})
+    (tmp_path / "priors" / "gaussian").mkdir(parents=True)
+    kept = (tmp_path / "evaluation-test.json").read_text()
+    train(config, tmp_path, [], resume=True, progress_bar=False)  # finished: nothing is trained, nothing moves
+    assert (tmp_path / "evaluation-test.json").is_file()
+    config.trainer.max_epochs = 3
+    train(config, tmp_path, [], resume=True, progress_bar=False)
+    place = next(tmp_path.glob("before-step-*"))
+    assert (place / "evaluation-test.json").read_text() == kept and (place / "priors" / "gaussian").is_dir()
+    assert not (tmp_path / "evaluation-test.json").exists() and not (tmp_path / "priors").exists()
+    assert f"are now in {place}" in caplog.text

@@ -71,3 +71,19 @@ def write_per_image(folder: Path, split: str, found: PerImage, model: nn.Module,
     if there and all(there[name] == content[name] for name in ("images", "weights")):
         content |= there
     write_atomically(per_image_path(folder, split), lambda file: np.savez(file, **content))
+
+
+def set_aside(folder: Path, model: nn.Module, step: int) -> Path | None:
+    """Move what was measured of, and fitted to, other weights than the model's into FOLDER/before-step-STEP, if anything was.
+
+    Which weights were tested last, per_image-test.npz tells.
+    """
+    tested = read_per_image(folder, "test").get("weights")
+    found = [path for path in (*folder.glob("evaluation-*.json"), folder / "priors") if path.exists()]
+    if not found or (tested is not None and str(tested) == digest_of(model)):
+        return None
+    place = folder / f"before-step-{step}"
+    place.mkdir(exist_ok=True)
+    for path in found:
+        path.rename(place / path.name)
+    return place

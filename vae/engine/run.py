@@ -40,7 +40,7 @@ from vae.engine.folder import (
 )
 from vae.engine.loggers import KEPT, begin, require_packages
 from vae.engine.module import Means, VAEModule
-from vae.engine.per_image import write_per_image
+from vae.engine.per_image import set_aside, write_per_image
 from vae.engine.search import Pruned
 from vae.engine.trainer import (
     backend,
@@ -233,6 +233,11 @@ def _fit_and_test(
         trainer.test(module, data, verbose=False)
     metrics.update(_floats(trainer.callback_metrics, "test/"))
     if ranks.first:
+        if (place := set_aside(folder, module.vae, module.steps)) is not None:
+            logging.getLogger(__name__).warning(
+                f"What was measured of the weights before, and priors fitted to them, are now in {place}: measure and fit "
+                "again."
+            )
         write_per_image(folder, "test", module.per_image, module.vae)
         write_json(folder / "metrics.json", metrics)
     return metrics, epochs
