@@ -79,8 +79,10 @@ def kl_bars(kl: Tensor, xlabel: str = "latent dimension, by KL") -> Tensor:
 
 
 def latent_space(mean: Tensor, kl: Tensor, labels: Tensor | None) -> Tensor:
-    """Posterior means (N, D) in the plane of the two dimensions with the largest KL, coloured by label."""
-    order = kl.argsort(descending=True)[:2] if len(kl) == mean.shape[1] else torch.arange(min(2, mean.shape[1]))
+    """Posterior means (N, D) in the plane of the two dimensions with the largest KL, coloured by label; of codes, whose KL is
+    none of a dimension, the first two."""
+    by_kl = len(kl) == mean.shape[1]
+    order = kl.argsort(descending=True)[:2] if by_kl else torch.arange(min(2, mean.shape[1]))
     points = mean[:, order].cpu().numpy()
     x, y = points[:, 0], points[:, 1] if len(order) > 1 else np.zeros(len(points))
     figure = Figure(figsize=(5.5, 5), dpi=120)
@@ -92,9 +94,8 @@ def latent_space(mean: Tensor, kl: Tensor, labels: Tensor | None) -> Tensor:
             *dots.legend_elements(num=None), title="label", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
         )
     names = [f"$z_{{{int(i)}}}$" for i in order] + ["", ""]
-    axes.set(
-        xlabel=names[0], ylabel=names[1], aspect="equal", title="posterior means, the two dimensions of largest KL"
-    )
+    title = "posterior means, the two dimensions of largest KL" if by_kl else "codes, the first two dimensions"
+    axes.set(xlabel=names[0], ylabel=names[1], aspect="equal", title=title)
     return draw(figure)
 
 
