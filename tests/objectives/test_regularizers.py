@@ -158,6 +158,8 @@ def test_the_encoder_of_codes_is_turned_and_not_shrunk(posterior, tiny, tmp_path
     assert metrics["test/equivariance"] > 0
     with pytest.raises(VAEError, match=r"regularizer\.scales=\[2\] shrinks images.* or regularizer\.side=decoder"):
         build(tiny(*codes, "regularizer.scales=[2]"))
+    _, module = build(tiny(*codes, "regularizer.side=decoder"))
+    assert (0, 2) in module.objective.regularizer.transformations
 
 
 # --- spectrum ---------------------------------------------------------------------------------------------------------
