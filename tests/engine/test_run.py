@@ -58,8 +58,9 @@ def test_training_takes_numbers_below_the_smallest_normal_one_as_zero(tiny, tmp_
         torch.set_flush_denormal(False)
 
 
-def test_evaluating_a_run_again_gives_the_numbers_that_training_wrote(tiny, tmp_path):
-    written = trained(tiny("trainer.max_epochs=3"), tmp_path)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_evaluating_a_run_again_gives_the_numbers_that_training_wrote(tiny, tmp_path, precision):
+    written = trained(tiny("trainer.max_epochs=3", f"trainer.precision={precision}"), tmp_path)
     again = evaluate(tmp_path)
     assert again == {name: value for name, value in written.items() if name.startswith("test/")}
     assert "test/nll_iw7" in evaluate(tmp_path, nll_samples=7)

@@ -146,8 +146,20 @@ def test_what_there_is_to_transform_by_follows_from_the_places():
         Equivariance(scales=[1])
     with pytest.raises(VAEError, match=r"regularizer\.side=middle is unknown: choose one of decoder, encoder"):
         Equivariance(side="middle")
-    with pytest.raises(VAEError, match=r"weight=-1 must be finite and zero or more"):
+    with pytest.raises(VAEError, match=r"^regularizer\.weight=-1 must be finite and zero or more"):
         Equivariance(-1)
+
+
+@pytest.mark.parametrize("posterior", ["fsq", "vq"])
+def test_the_encoder_of_codes_is_turned_and_not_shrunk(posterior, tiny, tmp_path):
+    codes = [*SPATIAL, "regularizer=equivariance", "regularizer.side=encoder", f"posterior={posterior}"]
+    codes += ["prior=codes_uniform", "evaluation.nll_samples=0"]
+    metrics = train(tiny(*codes), tmp_path, [], progress_bar=False)
+    assert metrics["test/equivariance"] > 0
+    with pytest.raises(VAEError, match=r"regularizer\.scales=\[2\] shrinks images.* or regularizer\.side=decoder"):
+        build(tiny(*codes, "regularizer.scales=[2]"))
+    _, module = build(tiny(*codes, "regularizer.side=decoder"))
+    assert (0, 2) in module.objective.regularizer.transformations
 
 
 # --- spectrum ---------------------------------------------------------------------------------------------------------

@@ -175,6 +175,14 @@ def test_a_group_choice_is_one_key_and_what_it_brings_is_in_step(tmp_path):
     assert set(sweep.in_step) == {"network._target_", "network.hidden", "network.channels"}
 
 
+def test_a_group_that_is_empty_in_some_runs_is_shown_as_it_was_typed(tmp_path):
+    for name, group in (("none", {}), ("equivariance", {"_target_": "vae.objectives.regularizers.Equivariance"})):
+        make_run(tmp_path / name, overrides=[f"regularizer={name}"], regularizer=group)
+    sweep = read_sweep(tmp_path)
+    assert sweep.swept == ("regularizer",)
+    assert [sweep.describe(run) for run in sweep.runs] == ["regularizer equivariance", "regularizer none"]
+
+
 def test_a_value_that_follows_from_another_is_not_a_second_axis(tmp_path):
     for size in (2, 8):
         for beta in (1, 4):

@@ -44,6 +44,7 @@ def partners_of(images: ImageSet, changed: int | str) -> Partners:
     varying = int((sizes > 1).sum())
     if varying < 2 or not (changed == "random" or (isinstance(changed, int) and 1 <= changed < varying)):
         raise VAEError(
-            f"changed_factors={changed} must be `random`, or at least 1 and fewer than the factors that vary, {varying}."
+            f"objective.changed_factors={changed} must be `random`, or at least 1 and fewer than the factors that vary, "
+            f"{varying}."
         )
     return lambda factors, generator: grid.images(change_factors(factors, sizes, changed, generator))

@@ -310,6 +310,7 @@ def likelihood_of(
         work.expect(module.nll_steps(loader))
         for loaded in loader:
             batch = data.prepare(data.transfer_batch_to_device(loaded, device, 0), training=False)
-            totals.add(module.mean_nll(batch, work), weight=len(batch.x))
+            with trainer.precision_plugin.test_step_context():
+                totals.add(module.mean_nll(batch, work), weight=len(batch.x))
     module.to(before)
     yield {f"{split}/{name}": float(value) for name, value in totals.compute().items()}

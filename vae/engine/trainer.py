@@ -144,7 +144,11 @@ def build_trainer(
             "callbacks": [
                 *([Progress()] if progress_bar else []),
                 *([Compile(config.compile)] if config.get("compile") else []),
-                *(instantiate(callback) for callback in config.callbacks.values() if callback is not None),
+                *(
+                    instantiate(callback, f"callbacks.{name}")
+                    for name, callback in config.callbacks.items()
+                    if callback is not None
+                ),
                 HyperParameters(compared(config, overrides)),
                 LoggedRun(settings(config)),
                 *callbacks,

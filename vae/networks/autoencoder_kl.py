@@ -42,7 +42,7 @@ def autoencoder_kl(
     divide a width, a posterior that takes more than a mean and a log-variance, and weights of another architecture.
     """
     shape = checked_image_shape(image_shape, latent_dim, params_per_pixel, num_classes)
-    widths = checked_widths(block_out_channels)
+    widths = checked_widths(block_out_channels, "network.block_out_channels")
     whole("network.layers_per_block", layers_per_block, most=100)
     whole("network.norm_num_groups", norm_num_groups)
     if not widths:

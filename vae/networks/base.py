@@ -133,11 +133,11 @@ def checked_image_shape(
     return shape
 
 
-def checked_widths(widths: Iterable[int]) -> tuple[int, ...]:
-    """Layer widths as a tuple; raises VAEError if one is below 1."""
+def checked_widths(widths: Iterable[int], setting: str = "A layer's width") -> tuple[int, ...]:
+    """Layer widths as a tuple; raises VAEError, which names the setting, if one is below 1."""
     widths = tuple(widths)
     for width in widths:
-        whole("A layer's width", width, most=MOST_UNITS)
+        whole(setting, width, most=MOST_UNITS)
     return widths
 
 

@@ -42,7 +42,7 @@ def patch_discriminator(image_shape: tuple[int, int, int], channels: Sequence[in
 
     Raises VAEError for no channels, and for images that cannot be halved so often.
     """
-    widths = checked_widths(channels)
+    widths = checked_widths(channels, "objective.channels")
     least = 3 * 2 ** (len(widths) - 1)
     if not widths:
         raise VAEError("objective.channels needs at least one width.")
@@ -204,7 +204,7 @@ class Adversarial(Objective):
             )
         penalty_weight = PENALTIES[penalty] if penalty_weight is None else penalty_weight
         require_not_negative(
-            self, weight=weight, penalty_weight=penalty_weight or 0.0, discriminator_lr=discriminator_lr
+            "objective", weight=weight, penalty_weight=penalty_weight or 0.0, discriminator_lr=discriminator_lr
         )
         if len(discriminator_betas) != 2 or not all(0 <= b < 1 for b in discriminator_betas):
             raise VAEError(f"objective.discriminator_betas={list(discriminator_betas)} must be two numbers in [0, 1).")

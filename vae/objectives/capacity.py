@@ -34,7 +34,7 @@ class Capacity(SinglePass):
 
     def __init__(self, capacity: float = 25.0, gamma: float = 1000.0, schedule: nn.Module | None = None) -> None:
         super().__init__(schedule=schedule)
-        require_not_negative(self, capacity=capacity, gamma=gamma)
+        require_not_negative("objective", capacity=capacity, gamma=gamma)
         if self.schedule.learns:
             name = type(self.schedule).__name__
             raise VAEError(f"{name} steers a weight by feedback: a capacity needs a schedule that follows the clock.")
@@ -66,7 +66,7 @@ class FreeBits(SinglePass):
         schedule: nn.Module | None = None,
     ) -> None:
         super().__init__(beta, schedule)
-        require_not_negative(self, free_nats=free_nats)
+        require_not_negative("objective", free_nats=free_nats)
         if groups is not None and groups < 1:
             raise VAEError(f"objective.groups={groups} must be at least 1, or null for a group a dimension.")
         self.register_buffer("free_nats", torch.tensor(float(free_nats)))

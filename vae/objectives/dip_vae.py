@@ -50,7 +50,7 @@ class DIPVAEI(Objective):
     ) -> None:
         super().__init__(beta, schedule)
         lambda_d = self.ratio * lambda_od if lambda_d is None else lambda_d
-        require_not_negative(self, lambda_od=lambda_od, lambda_d=lambda_d)
+        require_not_negative("objective", lambda_od=lambda_od, lambda_d=lambda_d)
         self.register_buffer("lambda_od", torch.tensor(float(lambda_od)))
         self.register_buffer("lambda_d", torch.tensor(float(lambda_d)))
 

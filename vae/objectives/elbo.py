@@ -151,11 +151,11 @@ def require_something_to_steer(schedule: nn.Module, weight: float, setting: str)
         )
 
 
-def require_not_negative(objective: nn.Module, **options: float) -> None:
-    """Raises VAEError for an option that is negative or not finite."""
+def require_not_negative(group: str, **options: float) -> None:
+    """Raises VAEError for an option of a config group that is negative or not finite."""
     for name, value in options.items():
         if not (value >= 0 and math.isfinite(value)):
-            raise VAEError(f"{type(objective).__name__}: {name}={value} must be finite and zero or more.")
+            raise VAEError(f"{group}.{name}={value} must be finite and zero or more.")
 
 
 def require_no_codes(objective: Objective, vae: VAE) -> None:

@@ -69,7 +69,7 @@ class Feature(Objective):
         schedule: nn.Module | None = None,
     ) -> None:
         super().__init__(beta, schedule)
-        require_not_negative(self, lambda_feature=lambda_feature)
+        require_not_negative("objective", lambda_feature=lambda_feature)
         if not callable(features):
             raise VAEError(
                 f"objective.features={features} must be an option of objective/features, such as classifier."

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vae.errors import VAEError, choose
+from vae.errors import VAEError, choose, whole
 from vae.gaussian import DiagonalGaussian
 from vae.model import VAE, Posterior
 from vae.objectives.elbo import Objective
@@ -69,8 +69,8 @@ class MIWAE(Objective):
         schedule: nn.Module | None = None,
     ) -> None:
         super().__init__(beta, schedule)
-        if groups < 1 or samples < 1:
-            raise VAEError(f"An importance-weighted bound needs at least one sample, not {groups} x {samples}.")
+        whole("objective.groups", groups)
+        whole("objective.samples", samples)
         choose("objective.estimator", estimator, ESTIMATORS)
         self.groups, self.samples, self.estimator = groups, samples, estimator
 

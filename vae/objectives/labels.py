@@ -82,7 +82,7 @@ class M2(Objective):
         schedule: nn.Module | None = None,
     ) -> None:
         super().__init__(beta, schedule)
-        require_not_negative(self, alpha=alpha, labeled_per_batch=labeled_per_batch)
+        require_not_negative("objective", alpha=alpha, labeled_per_batch=labeled_per_batch)
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.hidden, self.activation, self.labeled_per_batch = tuple(hidden), activation, labeled_per_batch
 

@@ -82,11 +82,11 @@ class InfoVAE(Objective):
         schedule: nn.Module | None = None,
     ) -> None:
         super().__init__(schedule=schedule)
-        require_not_negative(self, lambda_mmd=lambda_mmd)
+        require_not_negative("objective", lambda_mmd=lambda_mmd)
         if not alpha <= 1 or not alpha + lambda_mmd >= 1:
             raise VAEError(
                 f"InfoVAE weighs the rate by 1 - alpha and the MMD by alpha + lambda_mmd - 1, which must not be negative "
-                f"as with alpha={alpha} and lambda_mmd={lambda_mmd}."
+                f"as with objective.alpha={alpha} and objective.lambda_mmd={lambda_mmd}."
             )
         choose("objective.kernel", kernel, KERNELS)
         if bandwidth is not None and not bandwidth > 0:

@@ -34,7 +34,7 @@ class Regularizer(nn.Module):
 
     def __init__(self, weight: float) -> None:
         super().__init__()
-        require_not_negative(self, weight=weight)
+        require_not_negative("regularizer", weight=weight)
         self.register_buffer("weight", torch.tensor(float(weight)))
 
     def setup(self, vae: VAE, data: ImageDataModule) -> None:
@@ -64,9 +64,9 @@ class Equivariance(Regularizer):
     call it explicit, and found that it may flatten the latents.
 
     rotations: by 90, 180 and 270 degrees, or 180 alone where images are not square. scales: by how many each side is divided;
-    None is 2 where the places can be halved, and nothing otherwise. Step n takes transformation n mod their number; outside
-    training the term is the mean over all. Raises VAEError for flat latents, places that a scale does not divide, a network
-    of one size only, and where nothing is left to transform by.
+    None is 2 where the places can be halved and side=encoder need find no codes, and nothing otherwise. Step n takes
+    transformation n mod their number; outside training the term is the mean over all. Raises VAEError for flat latents, places
+    that a scale does not divide, a network of one size only, and where nothing is left to transform by.
     """
 
     name = "equivariance"
@@ -88,7 +88,13 @@ class Equivariance(Regularizer):
     def setup(self, vae: VAE, data: ImageDataModule) -> None:
         super().setup(vae, data)
         _, height, width = vae.latent_shape
-        halves = vae.decoder.any_size and height % 2 == width % 2 == 0
+        one_size = vae.discrete and self.side == "encoder"  # whose codes are as many as it was made for
+        if one_size and self.scales:
+            raise VAEError(
+                f"regularizer.scales={self.scales} shrinks images, whose codes the encoder does not find: use "
+                "regularizer.scales=[] or regularizer.side=decoder."
+            )
+        halves = vae.decoder.any_size and height % 2 == width % 2 == 0 and not one_size
         scales = ([2] if halves else []) if self.scales is None else self.scales
         for scale in scales:
             if height % scale or width % scale or not vae.decoder.any_size:
@@ -141,7 +147,7 @@ class Spectrum(Regularizer):
 
     def __init__(self, weight: float = 1.0, delta: float = 0.0) -> None:
         super().__init__(weight)
-        require_not_negative(self, delta=delta)
+        require_not_negative("regularizer", delta=delta)
         self.register_buffer("delta", torch.tensor(float(delta)))
 
     def setup(self, vae: VAE, data: ImageDataModule) -> None:

@@ -121,7 +121,7 @@ class BetaTCVAE(Objective):
         schedule: nn.Module | None = None,
     ) -> None:
         super().__init__(beta, schedule)
-        require_not_negative(self, alpha=alpha, gamma=gamma)
+        require_not_negative("objective", alpha=alpha, gamma=gamma)
         choose("objective.sampling", sampling, SAMPLINGS)
         if dataset_size is not None and dataset_size < 1:
             raise VAEError(f"objective.dataset_size={dataset_size} must be at least 1.")
@@ -213,7 +213,7 @@ class FactorVAE(Objective):
         schedule: nn.Module | None = None,
     ) -> None:
         super().__init__(beta, schedule)
-        require_not_negative(self, gamma=gamma)
+        require_not_negative("objective", gamma=gamma)
         self.register_buffer("gamma", torch.tensor(float(gamma)))
         self.hidden = tuple(hidden)
         self.optimizer_options = {"lr": discriminator_lr, "betas": tuple(discriminator_betas)}

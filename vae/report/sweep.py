@@ -186,6 +186,9 @@ def _swept_keys(runs: list[Run]) -> tuple[list[str], dict[str, str]]:
     overridden = [_overrides(run) for run in runs]
     configs = [run.config for run in runs]
     every = list(dict.fromkeys(key for config in configs for key in config))
+    # a group that is empty in some runs, as regularizer=none leaves it, is a choice there as in the others
+    groups = {key[:at] for key in every for at, letter in enumerate(key) if letter == "."}
+    every = [key for key in every if key not in groups]
     differing = [key for key in every if len({canonical(config.get(key)) for config in configs}) > 1]
     explicit = list(dict.fromkeys(key for overrides in overridden for key in overrides))
     explicit = [key for key in explicit if key.split(".")[0] not in _OPERATIONAL_ROOTS and not is_seed(key)]
