@@ -222,7 +222,7 @@ def test_all_that_training_wrote_of_a_model_with_labels_is_measured_again_to_the
         ("decomposition", {"images": -5}, "decomposition.images=-5 must be"),
         ("disentanglement", {"images": 2.5}, "disentanglement.images=2.5 must be"),
         ("ais", {"images": True}, "ais.images=True must be"),
-        ("gaps", {"images": None}, "gaps.images=None must be"),
+        ("gaps", {"images": None}, "gaps.images=null must be"),
         ("ais", {"walkers": 3}, "ais.walkers is unknown"),
     ],
 )
