@@ -45,6 +45,26 @@ def test_an_unknown_option_or_group_is_refused_without_a_traceback(override, tmp
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["evaluate", "fit_prior", "encode", "generate", "export"])
+def test_an_option_without_a_default_that_is_not_given_is_told_in_a_sentence(name, tmp_path):
+    done = run(f"vae.{name}", cwd=tmp_path)
+    missing = "out" if name == "generate" else "run"
+    assert done.returncode == 1 and done.stderr == f"Error: {missing} has no default: say what it should be.\n"
+
+
+@pytest.mark.parametrize("word", ["~prior", "~prior.kind"])
+def test_no_prior_to_fit_is_told_in_a_sentence(word, tmp_path, monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from vae.fit_prior import main
+
+    monkeypatch.setattr("vae.engine.loading.load", lambda *_, **__: SimpleNamespace(vae=None, data=None, path=tmp_path))
+    monkeypatch.setattr(sys, "argv", ["vae.fit_prior", "run=any", word])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.startswith("Error: prior=null is unknown: choose one of gaussian, ")
+
+
 def test_a_sweep_with_a_bad_run_names_folders_by_what_varies_reports_and_fails_then_resumes(tmp_path):
     command = ["-m", *SMALL, "run=sweep", "objective.beta=0.5,-1", "model.latent_dim=2,3"]
     done = run("vae.train", *command, cwd=tmp_path)

@@ -323,6 +323,7 @@ def test_a_posterior_of_codes_chooses_a_prior_over_codes_and_another_one_is_take
         ([*VQ, "posterior.decay=1.0"], r"posterior\.decay=1\.0 must be at least 0 and below 1"),
         ([*VQ, "posterior.commitment=-1"], r"posterior\.commitment=-1 must be at least 0\."),
         ([*VQ, "prior=codes_autoregressive", "prior.hidden=[]"], r"prior\.hidden needs at least one width"),
+        ([*VQ, "prior=codes_autoregressive", "prior.hidden=[0]"], r"prior\.hidden=0 must be a whole number from 1"),
         ([*VQ, "objective=iwae"], "IWAE makes no sense with codes.*objective=beta_vae"),
         ([*VQ, "objective/schedule=geco", "objective.schedule.target=5"], "GECO steers .*objective/schedule=constant"),
     ],

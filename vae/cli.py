@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import MissingMandatoryValue, OmegaConf
 
 from vae.errors import VAEError
 
@@ -143,13 +143,16 @@ def command_line() -> str:
 
 @contextlib.contextmanager
 def sentences() -> Iterator[None]:
-    """Print a VAEError as its one sentence and exit with code 1, and Ctrl-C as what it is with 130, as shells have it;
-    anything else is a defect and keeps its traceback."""
+    """Print a VAEError as its one sentence and exit with code 1, as for an option without a default that was not given, and
+    Ctrl-C as what it is with 130, as shells have it; anything else is a defect and keeps its traceback."""
     try:
         yield
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
+    except MissingMandatoryValue as error:
+        print(f"Error: {error.full_key} has no default: say what it should be.", file=sys.stderr)
+        sys.exit(1)
     except VAEError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)

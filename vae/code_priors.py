@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vae.codes import CodePosterior
 from vae.errors import VAEError, whole
 from vae.networks.autoregressive import MADE
+from vae.networks.base import checked_widths
 from vae.precision import full_precision
 from vae.priors import Prior
 from vae.quantizers import Quantizer
@@ -101,7 +102,7 @@ class AutoregressiveCodes(CodePrior):
         self, latent_dim: int, hidden: Sequence[int] = (256,), embedding: int = 16, features: int = 64
     ) -> None:
         super().__init__(latent_dim)
-        self.hidden = tuple(hidden)
+        self.hidden = checked_widths(hidden, "prior.hidden")
         if not self.hidden:
             raise VAEError("prior.hidden needs at least one width.")
         self.features = whole("prior.features", features, most=10_000)

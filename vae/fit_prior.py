@@ -19,8 +19,8 @@ def main(config: DictConfig) -> None:
         from vae.files import named
 
         run = load(named("run", config.run), trust=config.trust)
-        options = {str(key): value for key, value in OmegaConf.to_object(config.prior).items()}  # type: ignore[union-attr]
-        kind = options.pop("kind")
+        options = dict(OmegaConf.to_container(config).get("prior", {}))  # type: ignore[union-attr]
+        kind = options.pop("kind", None)
         name = kind if config.name is None else str(config.name)
         found = fit_prior(run.vae, run.data, run.path, kind, name, config.seed, options, config.resume)["log_prob"]
     Console().print(

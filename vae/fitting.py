@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae.errors import VAEError, whole
+from vae.errors import VAEError, typed, whole
 from vae.gaussian import LOG_2PI, DiagonalGaussian
 from vae.model import PosteriorFamily
 from vae.precision import wide
@@ -302,7 +302,7 @@ def descend(
     whole("prior.epochs", epochs, least=0)
     whole("prior.batch_size", batch_size)
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < float("inf"):
-        raise VAEError(f"prior.lr={lr} must be a number above 0.")
+        raise VAEError(f"prior.lr={typed(lr)} must be a number above 0.")
     optimizer = torch.optim.Adam(module.parameters(), lr=lr)
     steps = epochs * -(-len(data) // batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))

@@ -11,6 +11,7 @@ from vae.errors import VAEError, whole
 from vae.flows import AffineCoupling, MaskedAffine
 from vae.gaussian import LOG_2PI, DiagonalGaussian
 from vae.kl import GaussianMixture, gaussian_kl_to_standard_normal
+from vae.networks.base import checked_widths
 from vae.precision import full_precision
 
 MAX_ELEMENTS = 2**24  # of a (rows, components, D) block held at a time
@@ -174,7 +175,7 @@ class RealNVP(FlowPrior):
     def __init__(self, latent_dim: int, layers: int = 6, hidden: Sequence[int] = (64, 64)) -> None:
         if latent_dim < 2:
             raise VAEError("prior=realnvp couples latents with one another: it needs model.latent_dim of at least 2.")
-        number = whole("prior.layers", layers)
+        number, hidden = whole("prior.layers", layers), checked_widths(hidden, "prior.hidden")
         super().__init__(latent_dim, (AffineCoupling(latent_dim, hidden, odd=i % 2 == 1) for i in range(number)))
 
 
@@ -186,5 +187,7 @@ class MAF(FlowPrior):
     """
 
     def __init__(self, latent_dim: int, layers: int = 5, hidden: Sequence[int] = (64, 64)) -> None:
-        number = whole("prior.layers", layers)
+        number, hidden = whole("prior.layers", layers), checked_widths(hidden, "prior.hidden")
+        if not hidden:
+            raise VAEError("prior.hidden needs at least one width.")
         super().__init__(latent_dim, (MaskedAffine(latent_dim, hidden, flipped=i % 2 == 1) for i in range(number)))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import vae
-from vae.engine.fitted_priors import aggregate, fit_prior
+from vae.engine.fitted_priors import aggregate, fit_prior, read_prior
 from vae.engine.folder import read_json
 from vae.engine.measuring import measure
 from vae.engine.run import train
@@ -192,8 +192,6 @@ def test_a_prior_that_is_not_the_runs_is_refused_in_a_sentence(copied, tmp_path)
     with torch.no_grad():
         run.vae.encoder.requires_grad_(False)
         next(run.vae.encoder.parameters()).add_(1e-3)
-    from vae.engine.fitted_priors import read_prior
-
     with pytest.raises(VAEError, match="fitted to other weights"):
         read_prior(copied, "gaussian", run.vae)
     run = vae.load(copied)
@@ -228,8 +226,12 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(copied):
         ),
         ({"kind": "mixture", "name": "new", "options": {"components": 10**6}}, "needs as many images"),
         ({"kind": "mixture", "name": "new", "seed": -1}, "seed=-1 must be"),
-        ({"kind": "gaussian", "name": "new", "resume": True}, "resume=True is unknown"),
+        ({"kind": "gaussian", "name": "new", "resume": True}, "resume=true is unknown: choose one of false, restart"),
         ({"kind": "gaussian", "name": "new", "options": {"covariance": "channels"}}, "are not: choose full"),
+        ({"kind": "maf", "name": "new", "options": {"hidden": 64}}, "prior.hidden=64 must be a list of whole numbers"),
+        ({"kind": "maf", "name": "new", "options": {"hidden": []}}, "prior.hidden needs at least one width"),
+        ({"kind": "realnvp", "name": "new", "options": {"hidden": None}}, "prior.hidden=null must be a list"),
+        ({"kind": "realnvp", "name": "new", "options": {"hidden": [8, 0]}}, "prior.hidden=0 must be a whole number"),
         ({"kind": "maf", "name": "new", "options": {"epochs": "two"}}, "prior.epochs=two must be a whole number"),
         ({"kind": "vampprior", "name": "new", "options": {"pseudo_inputs": 0}}, "prior.pseudo_inputs=0 must be"),
         ({"kind": "flow_matching", "name": "new", "options": {"steps": 0}}, "prior.steps=0 must be"),
@@ -252,6 +254,8 @@ def test_a_discrete_posterior_has_no_second_stage(copied, monkeypatch):
     monkeypatch.setattr(type(run.vae.posterior), "discrete", True)
     with pytest.raises(VAEError, match="posterior of this run is discrete"):
         fit_prior(run.vae, run.data, copied, "gaussian", "new")
+    with pytest.raises(VAEError, match="posterior of this run is discrete"):  # not: "fit_prior makes one"
+        read_prior(copied, "new", run.vae)
     assert not (copied / "priors" / "new").exists()
 
 

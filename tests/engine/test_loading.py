@@ -143,6 +143,8 @@ def test_only_this_packages_own_classes_are_called_unless_trusted(finished, tmp_
         (folder / "facts.json").unlink(missing_ok=True)
         with pytest.raises(VAEError, match=r"os\.getcwd.*trust=True"):
             vae.load(folder)
+    with pytest.raises(VAEError, match=r"trust=no is unknown: choose one of false, true\."):
+        vae.load(folder, trust="no")
 
 
 def test_a_run_without_facts_falls_back_to_its_data(finished, tmp_path):

@@ -130,11 +130,11 @@ def test_absurd_sizes_are_refused_before_memory_is_asked_for(tiny, tmp_path):
 
 def test_the_two_checks_name_the_setting_and_what_it_takes():
     assert choose("a.b", "x", ("x", None)) == "x" and choose("a.b", None, ("x", None)) is None
-    with pytest.raises(VAEError, match=r"^a\.b=True is unknown: choose one of 1, 2\.$"):
+    with pytest.raises(VAEError, match=r"^a\.b=true is unknown: choose one of 1, 2\.$"):
         choose("a.b", True, (1, 2))
     assert whole("n", 3) == 3 and whole("n", None, optional=True) is None
-    for wrong in (True, 0, 3.0, "3", None):
-        with pytest.raises(VAEError, match=rf"^n={wrong} must be a whole number of at least 1\.$"):
+    for wrong, shown in ((True, "true"), (0, 0), (3.0, 3.0), ("3", 3), (None, "null")):
+        with pytest.raises(VAEError, match=rf"^n={shown} must be a whole number of at least 1\.$"):
             whole("n", wrong)
     with pytest.raises(VAEError, match=r"^n=7 must be a whole number from 0 to 5, or null\.$"):
         whole("n", 7, least=0, most=5, optional=True)

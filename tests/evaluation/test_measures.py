@@ -15,7 +15,7 @@ from vae.engine import run
 from vae.engine.build import build
 from vae.engine.measuring import measure
 from vae.engine.module import VAEModule
-from vae.errors import VAEError
+from vae.errors import VAEError, typed
 from vae.evaluation import ais, measures, samples
 from vae.evaluation.likelihood import by_label, log_likelihood
 from vae.evaluation.measures import MEASURES, check_options
@@ -221,8 +221,8 @@ def test_all_that_training_wrote_of_a_model_with_labels_is_measured_again_to_the
         ("samples", {"images": 0}, "samples.images=0 must be"),
         ("decomposition", {"images": -5}, "decomposition.images=-5 must be"),
         ("disentanglement", {"images": 2.5}, "disentanglement.images=2.5 must be"),
-        ("ais", {"images": True}, "ais.images=True must be"),
-        ("gaps", {"images": None}, "gaps.images=None must be"),
+        ("ais", {"images": True}, "ais.images=true must be"),
+        ("gaps", {"images": None}, "gaps.images=null must be"),
         ("ais", {"walkers": 3}, "ais.walkers is unknown"),
     ],
 )
@@ -233,9 +233,9 @@ def test_a_number_that_makes_no_sense_or_could_not_end_is_refused(name, options,
 
 @pytest.mark.parametrize("samples", [10**9, -5, 2.5, "many", True])
 def test_so_are_samples_of_the_bound_before_anything_is_built_on_them(tiny, folder, samples):
-    with pytest.raises(VAEError, match=f"nll_samples={samples} must be a whole number from 0.* to 10,000,000"):
+    with pytest.raises(VAEError, match=f"nll_samples={typed(samples)} must be a whole number from 0.* to 10,000,000"):
         build(tiny(f"evaluation.nll_samples={samples}"))
-    with pytest.raises(VAEError, match=f"^nll_samples={samples} must be"):  # as `vae.evaluate` calls it
+    with pytest.raises(VAEError, match=f"^nll_samples={typed(samples)} must be"):  # as `vae.evaluate` calls it
         measure(folder, "test", OPTIONS, nll_samples=samples)
 
 
@@ -254,6 +254,6 @@ def test_an_unknown_split_or_measure_is_refused_whatever_is_measured(folder):
 def test_so_they_are_where_a_module_is_built_in_python(tiny):
     module = build(tiny())[1]
     for number in (10_000_001, -1, 2.5, True):
-        with pytest.raises(VAEError, match=f"^nll_samples={number} must be a whole number from 0 to 10,000,000"):
+        with pytest.raises(VAEError, match=f"^nll_samples={typed(number)} must be a whole number from 0 to 10,000,000"):
             VAEModule(module.vae, module.objective, module.make_optimizer, nll_samples=number)
     assert VAEModule(module.vae, module.objective, module.make_optimizer, nll_samples=10_000_000).nll_samples == 10**7

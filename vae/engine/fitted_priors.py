@@ -211,6 +211,7 @@ def read_prior(folder: Path, name: object, vae: VAE) -> Prior:
     fitted to other weights than the model's.
     """
     place = _place(folder, name)
+    require_density(vae.posterior)
     known = prior_names(folder)
     if place.name not in known:
         there = f"choose one of {', '.join(known)}" if known else "there is none yet: python -m vae.fit_prior makes one"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vae.engine.assemble import ImageFacts, assemble, make_trusted, without_start
 from vae.engine.stored import read_checkpoint, renewed
-from vae.errors import VAEError
+from vae.errors import VAEError, choose
 from vae.files import refuse_aliases
 from vae.model import VAE, Posterior
 from vae.seeding import generator
@@ -43,7 +43,8 @@ class LoadedRun:
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", trust: bool = False) -> None:
-        self.path, self.exported, self._trust = path, (path / "model.safetensors").is_file(), trust
+        self.path, self.exported = path, (path / "model.safetensors").is_file()
+        self._trust = choose("trust", trust, (False, True))
         #: The run's resolved config, as nested dictionaries.
         self.config: dict[str, Any] = self._read_config()
         #: What training wrote of the data and the likelihood (facts.json).

@@ -11,7 +11,7 @@ from typing import Any
 
 import hydra.utils
 
-from vae.errors import VAEError
+from vae.errors import VAEError, typed
 
 WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", type(None): "null"}
 
@@ -26,7 +26,7 @@ def check_types(config: Any, key: str) -> None:
     for name, value in config.items():
         place = f"{key}.{name}"
         if name in hints and value != "???" and not fits(value, hints[name]):
-            raise VAEError(f"{place}={_shown(value)} must be {in_words(hints[name])}.")
+            raise VAEError(f"{place}={typed(value)} must be {in_words(hints[name])}.")
         check_types(value, place)
 
 
@@ -68,7 +68,3 @@ def _one_by_one(made: Any) -> dict[str, Any]:
         except NameError:
             found[name] = None
     return found
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -16,7 +16,7 @@ import torch
 
 from vae.data.module import ImageDataModule
 from vae.data.storage import cache_folder, expanded
-from vae.errors import VAEError
+from vae.errors import VAEError, typed
 from vae.evaluation.ais import bdmc, log_likelihood_ais, nll_ais, ticks
 from vae.evaluation.decomposition import elbo_decomposition, rows_at_a_time
 from vae.evaluation.disentanglement import METRICS, Codes, evaluate, floor_and_ceiling
@@ -210,4 +210,4 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         if option == "weights" and not (value is None or isinstance(value, str)):
             raise VAEError(f"{name}.weights={value} must be the name of a folder, or null.")
         if option in MOST and (type(value) is not int or not 1 <= value <= MOST[option]):
-            raise VAEError(f"{name}.{option}={value} must be a whole number from 1 to {MOST[option]:,}.")
+            raise VAEError(f"{name}.{option}={typed(value)} must be a whole number from 1 to {MOST[option]:,}.")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae.errors import VAEError, whole
+from vae.errors import VAEError, typed, whole
 
 T = TypeVar("T")
 
@@ -134,7 +134,9 @@ def checked_image_shape(
 
 
 def checked_widths(widths: Iterable[int], setting: str = "A layer's width") -> tuple[int, ...]:
-    """Layer widths as a tuple; raises VAEError, which names the setting, if one is below 1."""
+    """Layer widths as a tuple. Raises VAEError, which names the setting, if they are no list or one is below 1."""
+    if isinstance(widths, str) or not isinstance(widths, Iterable):
+        raise VAEError(f"{setting}={typed(widths)} must be a list of whole numbers.")
     widths = tuple(widths)
     for width in widths:
         whole(setting, width, most=MOST_UNITS)

@@ -168,11 +168,10 @@ def _rows(sweep: Sweep, columns: list[Column], groups: list[list[Run]]) -> list[
         numbers = []
         for column in columns:
             value, values = means[column][i], [column.value(run) for run in runs]
-            absent = math.isnan(value) and (not runs[0].finished or column.title == "time")
             sd = spread(values)
             numbers.append(
                 Cell(
-                    "–" if absent else column.show(value),
+                    column.shown(value, runs),
                     value if math.isfinite(value) else "",
                     f"± {column.show(sd)}" if math.isfinite(sd) else "",
                     heat=ranks[column][i] if column.better else None,

@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vae.report.runs import Run
@@ -30,6 +30,11 @@ class Column:
     show: Callable[[float], str]
     better: str | None = None
     key: bool = True
+    there: Callable[[Run], bool] = lambda run: run.finished  # whether the run has the number, which may be nan
+
+    def shown(self, value: float, runs: list[Run]) -> str:
+        """The value of these runs in words, a dash where none of them has one."""
+        return self.show(value) if any(map(self.there, runs)) else "–"
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,13 @@ def number_columns(sweep: Sweep) -> list[Column]:
         return lambda run: run.metrics.get(key, math.nan) if run.finished else math.nan
 
     def column(m: Measured) -> Column:
-        return Column(m.title, m.unit, metric(f"{sweep.split}/{m.name}"), lambda v: nats(v, m.digits), m.better, m.key)
+        key, there = f"{sweep.split}/{m.name}", lambda run: run.finished and key in run.metrics
+        return Column(m.title, m.unit, metric(key), lambda v: nats(v, m.digits), m.better, m.key, there)
 
     known = measured(sweep)
     columns = [column(m) for m in known if m.key]
-    columns.append(Column("time", "min:s", lambda run: math.nan if run.seconds is None else run.seconds, clock))
+    seconds = Column("time", "min:s", lambda run: math.nan if run.seconds is None else run.seconds, clock)
+    columns.append(replace(seconds, there=lambda run: run.seconds is not None))
     columns += [column(m) for m in known if not m.key]
     if "train/seconds_per_epoch" in have:
         key = "train/seconds_per_epoch"
@@ -234,5 +241,5 @@ def with_spread(column: Column, runs: list[Run]) -> str:
     """ "−95.20 ± 0.31": the mean over runs and their standard deviation, which one run does not have."""
     values = [column.value(run) for run in runs]
     sd = spread(values)
-    shown = column.show(mean(values) if len(values) > 1 else values[0])
+    shown = column.shown(mean(values) if len(values) > 1 else values[0], runs)
     return f"{shown} ± {column.show(sd)}" if math.isfinite(sd) else shown
