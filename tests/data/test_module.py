@@ -134,7 +134,7 @@ def test_a_batch_larger_than_the_training_split_is_all_of_it_and_a_sentence_says
         ({"batch_size": 0}, "data.batch_size=0 must be a whole number of at least 1"),
         ({"eval_batch_size": 64.5}, "data.eval_batch_size=64.5 must be a whole number"),
         ({"limit": -1}, "data.limit=-1 must be a whole number of at least 1, or null"),
-        ({"labeled": True}, "data.labeled=True must be a whole number"),
+        ({"labeled": True}, "data.labeled=true must be a whole number"),
         ({"binarize": "maybe"}, "choose one of none, threshold, static, dynamic"),
     ],
 )
