@@ -47,7 +47,7 @@ bench-peers: setup  ## the same for pythae and an ordinary Lightning set-up; ins
 tensorboard: setup  ## open what was logged, on localhost; RUN=folder (default: all)
 	$(BIN)/tensorboard --logdir '$(RUN)' --host 127.0.0.1
 
-test: setup lint types  ## what CI runs: lint, types, then the everyday tests (about five minutes on two cores)
+test: setup lint types  ## what CI runs: lint, types, then the everyday tests (three to six minutes on two cores)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 mutants: setup  ## plant each fault of tests/faults.json in a copy and see it caught (half an hour)

@@ -435,6 +435,15 @@ def test_a_metric_that_is_not_finite_is_shown_and_left_out_of_plots_and_of_the_b
     assert "nan" in next(row for row in page_of(tmp_path).tables[0] if row[1] == "64")
 
 
+def test_a_metric_that_a_run_does_not_have_is_a_dash_and_not_nan(undrawn, tmp_path):
+    make_run(tmp_path / "a", metrics={"test/nll_iw7": 3.0}, **{"objective.beta": 1})
+    make_run(tmp_path / "b", **{"objective.beta": 2})
+    write_report(tmp_path)
+    row = next(row for row in page_of(tmp_path).tables[0] if row[1] == "2")
+    assert "–" in row and "nan" not in row
+    assert "–" in printed(tmp_path) and "nan" not in printed(tmp_path)
+
+
 def test_a_run_that_left_nothing_but_its_overrides_is_cut_off_with_its_settings(tmp_path):
     make_grid(tmp_path)
     early = tmp_path / "early"
