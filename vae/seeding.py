@@ -24,6 +24,6 @@ def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Ge
 
 
 def generators(seeds: Iterable[int], name: str, device: torch.device | str = "cpu") -> Iterator[torch.Generator]:
-    """`generator(seed, name)` of each seed in turn: one generator, seeded again, for to make one takes time on a GPU."""
+    """`generator(seed, name)` of each seed in turn: one generator, seeded again, so that each is used up before the next."""
     found = torch.Generator(device)
     return (found.manual_seed(derive(seed, name)) for seed in seeds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from vae.data.module import ImageDataModule
 from vae.engine.assemble import require_plain_encoder
 from vae.engine.callbacks.drawing import grid, to_png
+from vae.engine.per_image import digest_of
 from vae.errors import VAEError, choose, whole
 from vae.evaluation.likelihood import ELBOTotals, nll
 from vae.files import remove_leftovers, write_atomically, write_json
@@ -115,7 +115,7 @@ def fit_prior(
             **{split: prior.log_prob(draws).mean().item() for split, draws in z.items()},
             "val_of_own_prior": vae.prior.log_prob(z["val"]).mean().item(),
         },
-        "weights": weights_digest(vae),
+        "weights": digest_of(vae),
     }
     picture = _samples(vae, prior, seed)
     # config.json, which makes the folder count, goes first and comes last: a kill in between leaves no prior, never a half.
@@ -225,7 +225,7 @@ def read_prior(folder: Path, name: object, vae: VAE) -> Prior:
         raise VAEError(damaged) from error
     if shape != vae.latent_shape:
         raise VAEError(f"{place} is over latents {shape}, and those of this run are {vae.latent_shape}.")
-    if weights != weights_digest(vae):
+    if weights != digest_of(vae):
         raise VAEError(f"{place} was fitted to other weights than the run has now: fit it anew with resume=restart.")
     try:
         state = torch.load(place / "weights.pt", map_location="cpu", weights_only=True)
@@ -235,15 +235,6 @@ def read_prior(folder: Path, name: object, vae: VAE) -> Prior:
         raise VAEError(damaged) from error
     device = next(vae.parameters()).device
     return prior.eval().requires_grad_(False).to(device)
-
-
-def weights_digest(vae: VAE) -> str:
-    """A digest of the model's weights, by which a prior knows the ones that it was fitted to."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @torch.no_grad()
