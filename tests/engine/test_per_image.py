@@ -179,3 +179,11 @@ def test_what_was_measured_of_other_weights_is_set_aside_when_a_longer_run_ends(
     assert (place / "evaluation-test.json").read_text() == kept and (place / "priors" / "gaussian").is_dir()
     assert not (tmp_path / "evaluation-test.json").exists() and not (tmp_path / "priors").exists()
     assert f"are now in {place}" in caplog.text
+    (tmp_path / "priors" / "maf").mkdir(parents=True)
+    config.seed = 1
+    train(config, tmp_path, [], resume="restart", progress_bar=False)  # of as many steps, in the same folder
+    assert (tmp_path / f"{place.name}-2" / "priors" / "maf").is_dir() and (place / "priors" / "gaussian").is_dir()
+    (tmp_path / "priors").mkdir()
+    config.seed = 2
+    train(config, tmp_path, [], resume="restart", progress_bar=False)
+    assert (tmp_path / "priors").is_dir() and not (tmp_path / f"{place.name}-3").exists()  # nothing was there

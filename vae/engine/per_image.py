@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,16 @@ def write_per_image(folder: Path, split: str, found: PerImage, model: nn.Module,
 
 
 def set_aside(folder: Path, model: nn.Module, step: int) -> Path | None:
-    """Move what was measured of, and fitted to, other weights than the model's into FOLDER/before-step-STEP, if anything was.
-
-    Which weights were tested last, per_image-test.npz tells.
+    """Move what was measured of, and fitted to, other weights than the model's into a new folder, FOLDER/before-step-STEP, if
+    anything was: evaluation-SPLIT.json and priors/. Which weights were tested last, per_image-test.npz tells.
     """
-    tested = read_per_image(folder, "test").get("weights")
-    found = [path for path in (*folder.glob("evaluation-*.json"), folder / "priors") if path.exists()]
+    tested, priors = read_per_image(folder, "test").get("weights"), folder / "priors"
+    found = [*folder.glob("evaluation-*.json"), *([priors] if any(priors.glob("*")) else [])]
     if not found or (tested is not None and str(tested) == digest_of(model)):
         return None
-    place = folder / f"before-step-{step}"
-    place.mkdir(exist_ok=True)
+    names = itertools.chain([f"before-step-{step}"], (f"before-step-{step}-{n}" for n in itertools.count(2)))
+    place = next(place for name in names if not (place := folder / name).exists())
+    place.mkdir()
     for path in found:
         path.rename(place / path.name)
     return place
