@@ -118,6 +118,7 @@ def test_a_part_of_ones_own_trains_as_the_page_says(page, choice, loss, tmp_path
     config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     metrics = train(config, tmp_path / "run", tiny, progress_bar=False)
     assert metrics["val/loss"] == pytest.approx(loss(metrics), rel=0.02)
+    assert metrics["test/beta"] == 1.0
 
 
 def test_every_link_to_a_file_leads_to_one():

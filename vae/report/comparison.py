@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vae.report.intervals import Interval, over_images, over_seeds
+from vae.report.keys import leaf
 from vae.report.pairing import LETTERS, Row, Sides, differing, unpaired
 from vae.report.per_image import read_per_image
 from vae.report.runs import Run
 from vae.report.seeds import mean
-from vae.report.sweep import leaf
 from vae.report.tables import Measured, count, csv_cell, csv_word, measured
 
 ABSENT, NOT_KEPT, OTHER_IMAGES, OTHER_NUMBERS = "absent", "not kept", "other images", "other numbers"

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vae.errors import VAEError
+from vae.report.choices import settings_of
+from vae.report.keys import is_operational, is_seed, preference
 from vae.report.runs import Run
-from vae.report.sweep import Sweep, data_labels, is_operational, is_seed, leaf, preference, read_sweep, setting
+from vae.report.sweep import Sweep, data_labels, read_sweep
 from vae.report.values import canonical, format_value, sort_key
 
 LETTERS = "ABC"
@@ -86,7 +88,7 @@ def read_sides(folders: list[str | Path]) -> Sides:
 def _paired(sweeps: tuple[Sweep, ...]) -> Sides:
     every = [run for sweep in sweeps for run in sweep.runs]
     keys = sorted(dict.fromkeys(key for sweep in sweeps for key in sweep.swept), key=preference)
-    values = {key: _values(every, key, keys) for key in keys}
+    values = {key: settings_of(every, key) for key in keys}
     for i, (run, label) in enumerate(zip(every, data_labels(every), strict=True)):
         run.settings = {key: values[key][i] for key in keys}
         run.data = label
@@ -109,31 +111,6 @@ def _paired(sweeps: tuple[Sweep, ...]) -> Sides:
 
 def _empty(sweeps: tuple[Sweep, ...]) -> tuple[dict[str, Run], ...]:
     return tuple({} for _ in sweeps)
-
-
-def _values(runs: list[Run], key: str, keys: list[str]) -> list[Any]:
-    """A swept key's value in each run. Of a group, which a sweep that does not vary it does not name, the name that another
-    sweep has for the same settings or, failing that, for the same classes."""
-    named = [setting(run, key) for run in runs]
-    if any(key in run.config for run in runs):
-        return named
-
-    def of_group(run: Run, classes: bool) -> str:
-        inside = {k: v for k, v in run.config.items() if k.startswith(f"{key}.") and k not in keys and not is_seed(k)}
-        kept = {k: v for k, v in inside.items() if leaf(k) == "_target_" or not (classes or is_operational(k, [run]))}
-        return canonical(kept)
-
-    found = list(named)
-    for classes in (False, True):
-        signatures = [of_group(run, classes) for run in runs]
-        names: dict[str, set[str]] = {}
-        for signature, name in zip(signatures, named, strict=True):
-            if name is not None:
-                names.setdefault(signature, set()).add(canonical(name))
-        for i, (run, signature) in enumerate(zip(runs, signatures, strict=True)):
-            if found[i] is None and run.config and len(names.get(signature, ())) == 1:
-                found[i] = next(n for n, s in zip(named, signatures, strict=True) if s == signature and n is not None)
-    return found
 
 
 # ---- what is in one and not in the other ----

@@ -6,21 +6,19 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from vae.errors import VAEError
+from vae.report.choices import group_of, named_by, settings_of
+from vae.report.keys import LATENT_SIZE, OPERATIONAL_ROOTS, how_measured, is_operational, is_seed, leaf, preference
 from vae.report.missing import missing_runs
-from vae.report.runs import DAMAGED, FINISHED, PRUNED, Run, find_run_folders, parse_scalar, read_run
+from vae.report.runs import DAMAGED, FINISHED, PRUNED, Run, find_run_folders, read_run
 from vae.report.values import canonical, format_value, is_number, sort_key
 
-# Where and how a run was made, not what it is.
-_OPERATIONAL_ROOTS = {"hydra", "logger", "run", "resume", "threads", "progress_bar", "sweep_metric", "sweep_direction"}
-_OPERATIONAL_LEAF = re.compile(r"(^|_)(dir|dirpath|path|root|folder|file|filename|num_workers)$")
 #: Settings that change the pixels a likelihood is measured on.
 _PIXELS = ("data.binarize", *(f"data.source.{name}" for name in ("size", "crop", "fit", "channels", "subset")))
-LATENT_SIZE = "latent_dim"
 #: Classes of this package that earlier versions, which wrote no facts.json, named as the likelihood: densities.
 _DENSITIES = {
     *("Gaussian", "LearnedSigmaGaussian", "OptimalSigmaGaussian", "PixelSigmaGaussian"),
@@ -129,6 +127,21 @@ class Sweep:
         lengths = (n for n in range(1, len(mine)) if all(other[-n:] != mine[-n:] for other in names.values()))
         return ".".join(mine[-next(lengths, len(mine)) :])
 
+    @cached_property
+    def usual(self) -> dict[str, Any]:
+        """In a folder of runs that were not started as one sweep, what more than half of the finished have of a swept key."""
+        if (self.folder / "multirun.yaml").is_file():
+            return {}
+        counts = {key: Counter(canonical(run.settings[key]) for run in self.finished) for key in self.swept}
+        most = {key: found.most_common(1)[0] for key, found in counts.items() if found}
+        return {key: value for key, (value, n) in most.items() if 2 * n > len(self.finished)}
+
+    def departures(self, run: Run) -> str:
+        """The run's settings less the usual ones, and less its seed; its name where it has no others."""
+        keys = [key for key in self.swept if canonical(run.settings[key]) != self.usual.get(key)]
+        parts = [f"{self.label(key)} {format_value(run.settings[key])}" for key in keys]
+        return ", ".join(parts) or ("all as usual" if self.seeds else run.name)
+
     def describe(self, run: Run, with_data: bool = True, with_seed: bool = True) -> str:
         """The run's settings in a line, e.g. "latent_dim 10, beta 4, seed 1"; its name where nothing was varied."""
         keys = [key for key in self.swept if with_data or format_value(run.settings[key]) != run.data]
@@ -161,8 +174,9 @@ def read_sweep(folder: str | Path) -> Sweep:
         raise VAEError(f"No run in {str(folder)!r} can be read: {runs[0].name}: {runs[0].reason}")
 
     swept, in_step = _swept_keys(runs)
-    for run in runs:
-        run.settings = {key: setting(run, key) for key in swept}
+    settings = {key: settings_of(runs, key) for key in swept}
+    for i, run in enumerate(runs):
+        run.settings = {key: settings[key][i] for key in swept}
         run.seed = run.config.get("seed")
     for run, label in zip(runs, data_labels(runs), strict=True):
         run.data = label
@@ -179,33 +193,31 @@ def read_sweep(folder: str | Path) -> Sweep:
 def _swept_keys(runs: list[Run]) -> tuple[list[str], dict[str, str]]:
     """Keys that differ among the runs, and those among them that merely follow another: {follower: key}.
 
-    What a command line varied is a swept key whatever the values. Any other key that differs is one unless a single
-    swept key already determines it: the whole of `network.*` follows from `network=mlp,conv`.
+    What command lines named is a swept key whatever the values, if it differs; how runs were measured only if all of them
+    named it. Any other key that differs is one unless a single swept key already determines it: the whole of `network.*`
+    follows from `network=mlp,conv`.
     """
     runs = [run for run in runs if run.config]
-    overridden = [_overrides(run) for run in runs]
+
+    @cache
+    def column(key: str) -> list[str]:
+        return [canonical(value) for value in settings_of(runs, key)]
+
+    overridden = [named_by(run) for run in runs]
     configs = [run.config for run in runs]
     every = list(dict.fromkeys(key for config in configs for key in config))
-    # a group that is empty in some runs, as regularizer=none leaves it, is a choice there as in the others
-    groups = {key[:at] for key in every for at, letter in enumerate(key) if letter == "."}
-    every = [key for key in every if key not in groups]
     differing = [key for key in every if len({canonical(config.get(key)) for config in configs}) > 1]
     explicit = list(dict.fromkeys(key for overrides in overridden for key in overrides))
-    explicit = [key for key in explicit if key.split(".")[0] not in _OPERATIONAL_ROOTS and not is_seed(key)]
-    explicit = [
-        key
-        for key in explicit
-        if (key in differing if key in every else len({canonical(setting(run, key)) for run in runs}) > 1)
-    ]
-
-    def column(key: str) -> list[str]:
-        return [canonical(setting(run, key)) for run in runs]
-
+    explicit = [key for key in explicit if key.split(".")[0] not in OPERATIONAL_ROOTS and not is_seed(key)]
+    explicit = [key for key in explicit if len(set(column(key))) > 1]
+    explicit = [key for key in explicit if not how_measured(key) or all(key in named for named in overridden)]
     kept = {key: column(key) for key in sorted(explicit, key=preference)}
     seeds = [canonical(run.config.get("seed")) for run in runs]
     replicated = len(set(seeds)) < len(runs)
     in_step = {}
     rest = [key for key in differing if key not in kept and not is_operational(key, runs)]
+    chosen = [group for key in rest if (group := group_of(key)) and len(set(column(group))) > 1]
+    rest += [group for group in dict.fromkeys(chosen) if group not in kept]
     # the finest distinctions first, so that what follows from them is seen to follow
     for key in sorted(rest, key=lambda key: (-len(set(column(key))), preference(key))):
         values = column(key)
@@ -223,45 +235,6 @@ def _determines(given: list[str], values: list[str]) -> bool:
     """Whether equal entries of `given` always come with equal `values`."""
     seen: dict[str, str] = {}
     return all(seen.setdefault(g, v) == v for g, v in zip(given, values, strict=True))
-
-
-def _overrides(run: Run) -> dict[str, str]:
-    """{"model.latent_dim": "2", "data": "mnist"} from the run's override lines; deletions are left out."""
-    pairs = (line.partition("=") for line in run.overrides if "=" in line and not line.startswith("~"))
-    return {key.lstrip("+").split("@")[0].strip(): value.strip() for key, _, value in pairs}
-
-
-def setting(run: Run, key: str) -> Any:
-    """The value in the run's config or, for the choice of a group, the one that its command line named."""
-    if key in run.config:
-        return run.config[key]
-    named = _overrides(run).get(key)
-    return None if named is None else parse_scalar(named)
-
-
-def preference(key: str) -> tuple[Any, ...]:
-    """Data set first, then latent size; beta last, so that a table in this order reads curve by curve."""
-    late = [
-        not (key == "data" or key.startswith("data.source")),
-        leaf(key) != LATENT_SIZE,
-        "beta" in key.split("."),
-    ]
-    return late, leaf(key) not in ("_target_", "name"), key.count("."), key
-
-
-def is_seed(key: str) -> bool:
-    return leaf(key) == "seed"
-
-
-def is_operational(key: str, runs: list[Run]) -> bool:
-    if key.split(".")[0] in _OPERATIONAL_ROOTS or _OPERATIONAL_LEAF.search(leaf(key)):
-        return True
-    # a path into the run's own folder, under whatever name
-    return any(f"/{run.name}/" in f"{run.config.get(key)}/" for run in runs)
-
-
-def leaf(key: str) -> str:
-    return key.rsplit(".", 1)[-1]
 
 
 def _text(name: str) -> str:
@@ -302,7 +275,7 @@ def _data_name(run: Run) -> str:
     if "data" in run.facts:
         return str(run.facts["data"])
     named = run.config.get("data.source._target_") or run.config.get("data._target_")  # of an earlier version
-    return str(named).rsplit(".", 1)[-1] if named else _overrides(run).get("data", "data set unknown")
+    return str(named).rsplit(".", 1)[-1] if named else named_by(run).get("data", "data set unknown")
 
 
 def _measure(run: Run) -> str:

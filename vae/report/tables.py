@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+LEAST = 24  # characters of a terminal's line that all settings of a run are folded into
+
 
 @dataclass(frozen=True)
 class Column:
@@ -192,18 +194,25 @@ def print_table(sweep: Sweep, console: Console) -> None:
         column for column in number_columns(sweep) if column.key and not (sweep.seeds and column.title == "time")
     ]
     groups = replicates(sweep) if sweep.seeds else [[run] for run in sweep.finished]
-    table = _table(sweep, columns, groups)
-    drop = [column for title in ("bits/dim", "distortion", "time") for column in columns if column.title == title]
     wide = console.options.update(max_width=10_000)
-    while drop and console.measure(table, options=wide).maximum > console.width:  # the page and the CSV have them all
-        columns.remove(drop.pop(0))
-        table = _table(sweep, columns, groups)
+
+    def too_wide(folded: int = 0) -> bool:
+        return console.measure(_table(sweep, columns, groups, folded), options=wide).maximum > console.width
+
+    # the page and the CSV have them all
+    for title in ("bits/dim", "distortion", "time"):
+        columns = [column for column in columns if column.title != title or not too_wide()]
+    folded = bool(sweep.swept) and too_wide()
+    for title in ("active", "rate") if folded else ():
+        columns = [column for column in columns if column.title != title or not too_wide(LEAST)]
     if sweep.finished:
-        console.print(table)
+        console.print(_table(sweep, columns, groups, console.width if folded else 0))
     for run in sweep.failed:
         console.print(Text(f"{run.state}: {printable(run.name)}: {printable(run.reason or '')}", style="red"))
     for overrides in sweep.missing:
         console.print(Text(f"missing: {printable(', '.join(overrides))}", style="red"))
+    if folded and sweep.usual:
+        console.print(Text("Only settings that most of the runs do not share are shown."), soft_wrap=True)
     means = ", means over seeds ± one standard deviation" if sweep.seeds else ""
     marked = f"; the best {'mean ' if sweep.seeds else ''}ELBO is bold" if len(groups) > 1 else ""
     console.print(Text(f"{tally(sweep)}. Nats per image{means}{marked}."), soft_wrap=True)
@@ -211,7 +220,8 @@ def print_table(sweep: Sweep, console: Console) -> None:
         console.print(Text(sentence), soft_wrap=True)
 
 
-def _table(sweep: Sweep, columns: list[Column], groups: list[list[Run]]) -> Table:
+def _table(sweep: Sweep, columns: list[Column], groups: list[list[Run]], folded: int = 0) -> Table:
+    """folded: 0 for a column of each swept key, or how wide one of them all may be."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -220,9 +230,11 @@ def _table(sweep: Sweep, columns: list[Column], groups: list[list[Run]]) -> Tabl
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     if sweep.data_column:
         table.add_column("data", no_wrap=True, max_width=24)
-    for key in sweep.swept:
+    for key in () if folded else sweep.swept:
         table.add_column(Text(printable(sweep.label(key))), justify="right", no_wrap=True, max_width=24)
-    if not sweep.swept and not sweep.seeds:
+    if folded:
+        table.add_column("settings", max_width=folded, overflow="fold")
+    elif not sweep.swept and not sweep.seeds:
         table.add_column("run", max_width=40, overflow="fold")
     if sweep.seeds:
         table.add_column("n", justify="right", no_wrap=True)
@@ -230,7 +242,10 @@ def _table(sweep: Sweep, columns: list[Column], groups: list[list[Run]]) -> Tabl
         table.add_column(Text(column.title), justify="right", no_wrap=True)
     for runs in groups:
         cells = [printable(runs[0].data)] if sweep.data_column else []
-        cells += [format_value(runs[0].settings.get(key)) for key in sweep.swept]
+        if folded:
+            cells.append(printable(sweep.departures(runs[0])))
+        else:
+            cells += [format_value(runs[0].settings.get(key)) for key in sweep.swept]
         cells += [str(len(runs))] if sweep.seeds else [] if sweep.swept else [printable(runs[0].name)]
         cells += [with_spread(column, runs) for column in columns]
         table.add_row(*map(Text, cells), style="bold green" if id(runs[0]) in best and len(groups) > 1 else None)
