@@ -14,7 +14,7 @@ import pytest
 from commands import run
 from hydra import compose, initialize_config_dir
 
-from vae.cli import CONFIGS, command, quote_run, rename_old, resuming, run_name
+from vae.cli import CONFIGS, command, quote_run, rename_old, resuming, run_name, sweep_name
 from vae.errors import VAEError
 
 SMALL = [
@@ -126,6 +126,18 @@ def test_runs_of_different_settings_have_different_folders_that_every_file_syste
     names = [run_name(overrides, 0) for overrides in alike]
     assert len({*names}) == len(names)
     assert all(len(name.encode()) <= 255 and "/" not in name and name[0] != "." for name in names)
+
+
+def test_a_sweep_is_named_after_its_data_set_or_those_that_it_goes_through(tmp_path):
+    assert sweep_name("digits", ["objective.beta=1,4"]) == sweep_name("digits", ["data=digits"]) == "digits"
+    assert sweep_name("digits", ["data=mnist,fashion_mnist", "seed=0,1"]) == "mnist,fashion_mnist"
+    assert sweep_name("digits", ["data=choice(mnist, svhn)", "experiment=a,b"]) == "mnist,svhn"
+    assert sweep_name("digits", ["data=mnist,svhn", "data=choice(kmnist)"]) == "kmnist"  # the last that is typed
+    assert sweep_name("digits", ["+experiment=iwae,priors"]) == "iwae,priors"
+    assert sweep_name("digits", ["data=glob(*mnist)"]).startswith("glob_mnist-")
+    done = run("vae.train", "-m", *SMALL, "data=digits,arrays", cwd=tmp_path)  # of which one needs a path
+    (folder,) = tmp_path.glob("runs/sweep-digits,arrays/*")
+    assert {path.parent.name for path in folder.glob("*/status.json")} >= {"data=digits"}, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
 
 from vae.errors import VAEError
 
@@ -62,6 +62,16 @@ def run_name(overrides: str, number: int) -> str:
     return name if overrides else str(number)
 
 
+def sweep_name(data: str, overrides: list[str]) -> str:
+    """What a sweep's folder is named after: its data set or, where it goes through several, those, or else the experiments
+    that it goes through. data: the one that is chosen; overrides: as they are typed, "data=mnist,digits"."""
+    typed = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+    for value in (typed.get("data"), typed.get("experiment")):
+        if value and not re.fullmatch(r"\w+", value):
+            return run_name(re.sub(r"^choice\((.*)\)$", r"\1", value.replace(" ", "")), 0)
+    return data
+
+
 # The interpolations that conf/train.yaml names its folders with. Registered on import, because the worker processes of a
 # parallel sweep import this module but never run an entry point.
 def _run_folder(chosen: str | None, name: str) -> str:
@@ -71,6 +81,16 @@ def _run_folder(chosen: str | None, name: str) -> str:
 
 OmegaConf.register_new_resolver("run_folder", _run_folder, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
+def _sweep_name(data: str, task: ListConfig, params: DictConfig | None) -> str:
+    lines = [
+        f"{key}={value}" for key, value in (params or {}).items()
+    ]  # the command line, which comes later, replaces them
+    return sweep_name(data, lines + OmegaConf.to_container(task, resolve=False))
+
+
+OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
 
 
 def resuming(resume: bool | str) -> bool | str:
