@@ -12,7 +12,16 @@ ROOT = Path(__file__).parents[1]
 
 #: From the ground up. A name stands for that module and, if it is a package, for all that is in it.
 WINGS = {
-    "what all share": ("vae", "vae.errors", "vae.files", "vae.cli", "vae.seeding", "vae.precision", "vae.ranks"),
+    "what all share": (
+        "vae",
+        "vae.errors",
+        "vae.files",
+        "vae.cli",
+        "vae.refusals",
+        "vae.seeding",
+        "vae.precision",
+        "vae.ranks",
+    ),
     "mathematics": ("vae.kl", "vae.gaussian", "vae.beta", "vae.token_kl", "vae.importance", "vae.maps"),
     "the KL's other roles": ("vae.advantages", "vae.surrogates", "vae.policy", "vae.distillation", "vae.preferences"),
     "parts of a VAE": (

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
@@ -26,6 +26,20 @@ CONFIGS = next(
 )
 
 RENAMED = re.compile(r"(?<![^+~])(data\.labelled|objective\.labelled_per_batch)(?![^=])")  # keys of the release before
+
+#: Folders of runs and sweeps that this process has made.
+MADE: set[Path] = set()
+
+#: What a run's folder, or a sweep's, holds before anything is trained.
+BEFORE_TRAINING = {
+    ".lock",
+    "config.yaml",
+    "environment.json",
+    "multirun.yaml",
+    "overrides.yaml",
+    "status.json",
+    "train.log",
+}
 
 TRANSIENT = {"run", "resume", "progress_bar"}  # options of a command, not of the run that it makes
 
@@ -48,7 +62,21 @@ def run_folder(chosen: str | None, name: str) -> str:
             raise VAEError(
                 f"{folder} cannot be made in the current folder ({error.strerror}): name another place, as run=FOLDER."
             ) from error
+        MADE.add(folder)
         return str(folder)
+
+
+def remove_unused() -> None:
+    """Remove the folders that this process has made and in which nothing was trained, by it or by another."""
+    from filelock import FileLock, Timeout
+
+    for folder in MADE:
+        with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lock", timeout=0):
+            held = list(folder.iterdir())
+            if {path.name for path in held} <= BEFORE_TRAINING:
+                for path in held:
+                    path.unlink()
+                folder.rmdir()
 
 
 def run_name(overrides: str, number: int) -> str:
@@ -136,11 +164,10 @@ def rename_old() -> None:
 
 
 def name_extras() -> None:
-    """Exit with a sentence where this process's command line chooses a launcher whose package is not installed."""
+    """Raises VAEError where this process's command line chooses a launcher whose package is not installed."""
     for word in sys.argv[1:]:
         if word.startswith("hydra/launcher=submitit") and not importlib.util.find_spec("submitit"):
-            with sentences():
-                raise VAEError(f"{word} needs the submitit plugin: pip install 'vae[slurm]'.")
+            raise VAEError(f"{word} needs the submitit plugin: pip install 'vae[slurm]'.")
 
 
 def command(module: str, **options: object) -> str:
@@ -162,9 +189,11 @@ def command_line() -> str:
 
 
 @contextlib.contextmanager
-def sentences() -> Iterator[None]:
-    """Print a VAEError as its one sentence and exit with code 1, as for an option without a default that was not given, and
-    Ctrl-C as what it is with 130, as shells have it; anything else is a defect and keeps its traceback."""
+def sentences(configs: str = CONFIGS) -> Iterator[None]:
+    """Print what the user can act on as one sentence and exit with code 1: a VAEError, what Hydra refuses, an option without
+    a default that was not given; and Ctrl-C as what it is with 130, as shells have it. Anything else is a defect and keeps
+    its traceback. configs: the folder of the command's config groups.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -176,6 +205,34 @@ def sentences() -> Iterator[None]:
     except VAEError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        if "hydra" not in sys.modules:  # which the report does without
+            raise
+        from vae.refusals import sentence
+
+        if (said := sentence(error, configs)) is None:
+            raise
+        print(f"Error: {said}", file=sys.stderr)
+        sys.exit(1)
+
+
+def enter(main: Callable[[], object], configs: str = CONFIGS) -> None:
+    """Run a command that Hydra composes the config of: `sentences`, and a command line that may be a little off.
+
+    Where nothing was trained, the folders that were made for it are removed.
+    """
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # Hydra wants it first
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # it would print its errors itself, in its own words
+    try:
+        with sentences(configs):
+            rename_old()
+            quote_run()
+            name_extras()
+            main()
+    except SystemExit as left:
+        if left.code == 1:
+            remove_unused()
+        raise
 
 
 def duration(seconds: float) -> str:

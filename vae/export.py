@@ -5,7 +5,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from vae.cli import CONFIGS, quote_run, sentences
+from vae.cli import CONFIGS, enter, sentences
 
 
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="export")
@@ -26,5 +26,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    quote_run()
-    main()
+    enter(main)

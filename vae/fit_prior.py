@@ -5,7 +5,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from vae.cli import CONFIGS, quote_run, sentences
+from vae.cli import CONFIGS, enter, sentences
 
 
 @hydra.main(version_base="1.3", config_path=f"{CONFIGS}/fit_prior", config_name="fit_prior")
@@ -32,5 +32,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    quote_run()
-    main()
+    enter(main, f"{CONFIGS}/fit_prior")

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from vae.cli import CONFIGS, name_extras, quote_run, rename_old, resuming, sentences
+from vae.cli import CONFIGS, enter, resuming, sentences
 from vae.engine.search import Pruned, sweep_value
 from vae.engine.sweep import REFUSED
 
@@ -61,8 +61,4 @@ def main(config: DictConfig) -> float | tuple[float, ...] | None:
 
 
 if __name__ == "__main__":
-    rename_old()
-    quote_run()
-    name_extras()
-    with sentences():
-        main()
+    enter(main)

@@ -15,6 +15,7 @@ import pytest
 from slurm_cluster import cluster, missing
 
 from vae.engine.trainer import set_threads
+from vae.errors import VAEError
 
 SMALL = ["data=digits", "callbacks=minimal", "evaluation.nll_samples=10"]
 LONG = ["trainer.max_epochs=100000", "callbacks.interruptible.every_n_seconds=1"]
@@ -99,16 +100,13 @@ def test_threads_auto_are_those_that_slurm_gave(monkeypatch):
         torch.set_num_threads(before)
 
 
-def test_a_launcher_whose_package_is_missing_is_told_in_a_sentence(monkeypatch, capsys):
+def test_a_launcher_whose_package_is_missing_is_told_in_a_sentence(monkeypatch):
     from vae.cli import name_extras
 
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", "hydra/launcher=submitit_slurm"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
+    with pytest.raises(VAEError, match=r"^hydra/launcher=submitit_slurm needs .*: pip install 'vae\[slurm\]'\.$"):
         name_extras()
-    assert capsys.readouterr().err == (
-        "Error: hydra/launcher=submitit_slurm needs the submitit plugin: pip install 'vae[slurm]'.\n"
-    )
 
 
 # --- a real one -----------------------------------------------------------------------------------------------------------

@@ -25,10 +25,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import vae
-from vae.cli import TRANSIENT, command_line
+from vae.cli import CONFIGS, TRANSIENT, command_line
 from vae.engine.stored import is_addition, renewed
 from vae.errors import VAEError
 from vae.files import refuse_aliases
+from vae.refusals import sentence
 
 if TYPE_CHECKING:
     from vae.data.module import ImageDataModule
@@ -106,8 +107,8 @@ def resumed_config(folder: Path, overrides: list[str]) -> tuple[DictConfig, list
             config = compose("train", [override.input_line for override in {**stored, **given}.values()])
         except HydraException as error:
             raise VAEError(
-                f"What {folder} was trained with cannot be composed anew ({error}): give the same --config-dir again, or "
-                "only plain values, which its config.yaml holds."
+                f"What {folder} was trained with cannot be composed anew: {sentence(error, CONFIGS)} Give the same "
+                "--config-dir again, or only plain values, which its config.yaml holds."
             ) from error
     return config, [o.input_line for name, o in {**stored, **given}.items() if name not in TRANSIENT]
 

@@ -192,8 +192,6 @@ def _fit_and_test(
     data, module = build(config, start=checkpoint is None)
     if ranks.world > 1:
         refuse_what_depends_on_rows(module)
-    if ranks.first:
-        write_json(folder / "facts.json", facts(config, data, module, overrides))
     ranks.tell("rank 0 has its data")
     ranks.meet(data)
     module.progress_bar = progress_bar
@@ -208,6 +206,8 @@ def _fit_and_test(
         logging.getLogger(__name__).info(f"evaluation.nll_samples is passed over: {ONE_DRAW}.")
     warn_of_unreached_weight(module.objective, run_length(config.trainer, data)[0])
     begin(trainer.loggers)
+    if ranks.first:  # last of what is refused without training: `vae.cli.remove_unused` looks for it
+        write_json(folder / "facts.json", facts(config, data, module, overrides))
     with interruptions(trainer):
         trainer.fit(module, data, ckpt_path=checkpoint)
     if not module.steps:

@@ -17,14 +17,14 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
-from vae.cli import TRANSIENT, resuming
+from vae.cli import CONFIGS, TRANSIENT, resuming
 from vae.engine.search import metrics_of, sweep_directions
 from vae.engine.space import as_text, search_space
 from vae.engine.study import MayDiffer, Search, Terms, Trial
 from vae.engine.study_file import require_optuna
 from vae.errors import VAEError, whole
+from vae.refusals import sentence
 
 log = logging.getLogger(__name__)
 
@@ -175,9 +175,8 @@ class Jobs:
         """A job's config. Raises VAEError for a setting or an option that does not exist."""
         try:
             return self.loader.load_sweep_config(self.config, self.lines(texts))
-        except (HydraException, OmegaConfBaseException) as error:
-            why = " ".join(str(error).split()).rstrip(".")
-            raise VAEError(f"The search space does not fit the config: {why}.") from error
+        except HydraException as error:
+            raise VAEError(f"The search space does not fit the config: {sentence(error, CONFIGS)}") from error
 
     def first(self) -> DictConfig:
         """The config of some job, after every option of the searched groups was composed once. Raises VAEError as above."""

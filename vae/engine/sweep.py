@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
-from vae.cli import TRANSIENT, command_line, resuming, sentences
+from vae.cli import MADE, TRANSIENT, command_line, resuming, sentences
 from vae.engine import launcher, packed_launcher
 from vae.engine.search import sweep_directions
 from vae.errors import VAEError
@@ -27,11 +27,13 @@ class SweepCallback(Callback):
     The process exits with code 1 if a run of the sweep failed.
     """
 
+    @sentences()
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         refuse_used_folder(config)
         refuse_nothing_to_resume(config)
         make_folder(config)
 
+    @sentences()
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         refuse_used_folder(config)
         make_folder(config)
@@ -123,12 +125,15 @@ def refuse_nothing_to_resume(config: DictConfig) -> None:
 
 def make_folder(config: DictConfig) -> None:
     """Make the folder that `run` names, as Hydra is about to; exit with a sentence where the system does not allow it."""
+    folder = Path(config.run or ".")
     with sentences():
         try:
-            if config.run:
-                Path(config.run).mkdir(parents=True, exist_ok=True)
+            if not folder.is_dir():
+                folder.mkdir(parents=True)
+                MADE.add(folder)
         except OSError as error:
-            raise VAEError(f"run={config.run} cannot be made: {error.strerror}.") from error
+            if not folder.is_dir():  # which another process of the same search may have made meanwhile
+                raise VAEError(f"run={config.run} cannot be made: {error.strerror}.") from error
 
 
 def tell_direction(config: DictConfig) -> None:
