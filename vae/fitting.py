@@ -320,7 +320,7 @@ def descend(
         for part in torch.randperm(len(data), generator=noise).split(batch_size):
             found = loss(data[part], noise)
             if not found.isfinite():
-                raise VAEError(f"The loss is not finite in epoch {epoch}: choose a smaller prior.lr.")
+                raise VAEError(f"The loss is not finite in epoch {epoch + 1}: choose a smaller prior.lr.")
             optimizer.zero_grad()
             found.backward()
             optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vae.cli import CONFIGS
+from vae.engine import run
 from vae.engine.build import build
 from vae.engine.run import evaluate, train
 from vae.engine.trainer import build_trainer
@@ -151,14 +153,22 @@ def test_threads_auto_is_one_thread_whatever_the_machine_and_the_run_says_so(tin
         torch.set_num_threads(1)
 
 
+def test_the_closing_line_counts_epochs_from_one():
+    said = run.tested_weights({"val/best_loss": 27.06379, "val/best_epoch": 19.0})
+    assert said == "validation loss 27.0638 nats of the tested weights, epoch 20"
+
+
 def test_a_diverged_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
     # a learning rate that grows a thousandfold each epoch: the first epoch is harmless, a later one explodes
     config = tiny(
         "trainer.max_epochs=9", "likelihood=gaussian_learned", "lr_schedule=exponential", "lr_schedule.gamma=1e6"
     )
     config.callbacks.interruptible.every_n_seconds = 0
-    with pytest.raises(VAEError, match=r"stopped being finite at step \d+ .*learning rate .*beta 1"):
+    told = r"stopped being finite at step (\d+) \(epoch (\d+), learning rate .*beta 1"
+    with pytest.raises(VAEError, match=told) as raised:
         train(config, tmp_path, [], progress_bar=False)
+    step, epoch = map(int, re.search(told, str(raised.value)).groups())
+    assert epoch == step // 2 + 1 > 1  # of two batches each, the first being epoch 1
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed"
     assert "stopped being finite" in status["reason"]

@@ -230,6 +230,19 @@ def test_a_bar_counts_the_batches_of_a_run_and_does_without_where_nothing_ends_i
     bar.bar.close()
 
 
+@pytest.mark.parametrize(("steps", "epoch"), [(1, 1), (4, 1), (5, 2), (8, 2)])
+def test_a_bar_counts_epochs_from_one_and_the_last_once(steps, epoch, monkeypatch):
+    shown = []
+    monkeypatch.setattr("tqdm.auto.tqdm.set_postfix", lambda bar, values, **_: shown.append(values))
+    trainer = SimpleNamespace(estimated_stepping_batches=8, accumulate_grad_batches=1, log_every_n_steps=1)
+    trainer.callback_metrics, trainer.num_training_batches = {"train/loss": 2.5}, 4
+    bar = Progress()
+    bar.on_train_start(trainer, SimpleNamespace(steps=0))
+    bar.on_train_batch_end(trainer, SimpleNamespace(steps=steps))
+    bar.on_train_end(trainer, SimpleNamespace(steps=steps))
+    assert shown == 2 * [{"epoch": epoch, "loss": "2.50"}]
+
+
 def test_a_run_whose_time_is_up_before_its_first_step_is_told_in_a_sentence(tiny, tmp_path):
     with pytest.raises(
         VAEError, match=r"^The run ended before its first step: give it more than trainer\.max_time=00:00:00:00\.$"

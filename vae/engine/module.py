@@ -194,9 +194,10 @@ class VAEModule(pl.LightningModule):
         """Raise VAEError if a training loss was not finite."""
         if self._open and not (finite := self._noted("loss").isfinite()).all():
             step = self.steps - len(self._open) + int(finite.logical_not().nonzero()[0])
+            epoch = step // self.trainer.num_training_batches + 1
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise VAEError(
-                f"The loss stopped being finite at step {step} (epoch {self.current_epoch}, learning "
+                f"The loss stopped being finite at step {step} (epoch {epoch}, learning "
                 f"rate {rate:g}, beta {float(self.objective.beta):g}): try a smaller learning rate or gradient clipping."
             )
 

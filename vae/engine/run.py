@@ -257,7 +257,8 @@ def interruptions(trainer: pl.Trainer) -> Iterator[None]:
 
 def tested_weights(metrics: dict[str, float]) -> str:
     """Which weights were tested, and their validation loss: the best one or, where that moves, that of the last weights."""
-    return f"validation loss {metrics['val/best_loss']:.4f} nats of the tested weights, epoch {metrics['val/best_epoch']:.0f}"
+    epoch = metrics["val/best_epoch"] + 1  # which is counted from 0, and from 1 in words
+    return f"validation loss {metrics['val/best_loss']:.4f} nats of the tested weights, epoch {epoch:.0f}"
 
 
 def _floats(metrics: dict[str, Any], prefix: str) -> dict[str, float]:

@@ -26,7 +26,7 @@ class Progress(pl.Callback):
         )
 
     def _show(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        shown = {"epoch": trainer.current_epoch}
+        shown = {"epoch": math.ceil(module.steps / trainer.num_training_batches)}
         for label, name in (("loss", "train/loss"), ("val elbo", "val/elbo")):
             if name in trainer.callback_metrics:
                 shown[label] = f"{float(trainer.callback_metrics[name]):.2f}"
