@@ -28,7 +28,7 @@ CONFIGS = next(
 RENAMED = re.compile(r"(?<![^+~])(data\.labelled|objective\.labelled_per_batch)(?![^=])")  # keys of the release before
 
 #: Folders of runs and sweeps that this process has made.
-MADE: set[Path] = set()
+CREATED: set[Path] = set()
 
 #: What a run's folder, or a sweep's, holds before anything is trained.
 BEFORE_TRAINING = {
@@ -62,7 +62,7 @@ def run_folder(chosen: str | None, name: str) -> str:
             raise VAEError(
                 f"{folder} cannot be made in the current folder ({error.strerror}): name another place, as run=FOLDER."
             ) from error
-        MADE.add(folder)
+        CREATED.add(folder.absolute())
         return str(folder)
 
 
@@ -70,7 +70,7 @@ def remove_unused() -> None:
     """Remove the folders that this process has made and in which nothing was trained, by it or by another."""
     from filelock import FileLock, Timeout
 
-    for folder in MADE:
+    for folder in CREATED:
         with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lock", timeout=0):
             held = list(folder.iterdir())
             if {path.name for path in held} <= BEFORE_TRAINING:

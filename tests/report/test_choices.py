@@ -146,3 +146,15 @@ def test_of_a_sweep_every_setting_is_shown_however_narrow_the_terminal(tmp_path)
     )
     (tmp_path / "multirun.yaml").unlink()
     assert first_column(tmp_path, 50) == "2-64 batch_size 128 latent_dim 16"
+
+
+def test_likelihoods_that_do_not_compare_are_told_apart_by_the_names_of_their_options(tmp_path):
+    for name in ("bernoulli", "discretized_logistic", "gaussian"):
+        make_run(tmp_path / name, [f"likelihood={name}"], likelihood=loaded("likelihood", name))
+    make_run(tmp_path / "old", [], likelihood={"_target_": "vae.likelihoods.DiscretisedLogistic"})
+    assert {run.name: run.data for run in read_sweep(tmp_path).runs} == {
+        "bernoulli": "digits, likelihood bernoulli",
+        "discretized_logistic": "digits, likelihood discretized_logistic",
+        "gaussian": "digits, likelihood density",
+        "old": "digits, likelihood discretized_logistic",
+    }

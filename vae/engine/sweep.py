@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
-from vae.cli import MADE, TRANSIENT, command_line, resuming, sentences
+from vae.cli import CREATED, TRANSIENT, command_line, resuming, sentences
 from vae.engine import launcher, packed_launcher
 from vae.engine.search import sweep_directions
 from vae.errors import VAEError
@@ -130,7 +130,7 @@ def make_folder(config: DictConfig) -> None:
         try:
             if not folder.is_dir():
                 folder.mkdir(parents=True)
-                MADE.add(folder)
+                CREATED.add(folder.absolute())
         except OSError as error:
             if not folder.is_dir():  # which another process of the same search may have made meanwhile
                 raise VAEError(f"run={config.run} cannot be made: {error.strerror}.") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vae.errors import VAEError
-from vae.report.choices import group_of, named_by, settings_of
+from vae.report.choices import group_of, named_by, options, settings_of
 from vae.report.keys import LATENT_SIZE, OPERATIONAL_ROOTS, how_measured, is_operational, is_seed, leaf, preference
 from vae.report.missing import missing_runs
 from vae.report.runs import DAMAGED, FINISHED, PRUNED, Run, find_run_folders, read_run
@@ -282,7 +282,8 @@ def _measure(run: Run) -> str:
     """What kind of number log p(x|z) is: it compares only with its own kind."""
     kind = str(run.facts.get("likelihood") or run.config.get("likelihood._target_") or "").rsplit(".", 1)[-1]
     kind = kind.replace("Discretised", "Discretized")  # as earlier versions had it
-    return kind.lower() if run.facts.get("discrete", kind not in _DENSITIES) else "density"
+    names = {leaf(flat["likelihood._target_"]): name for name, flat in options("likelihood").items()}
+    return names.get(kind, kind.lower()) if run.facts.get("discrete", kind not in _DENSITIES) else "density"
 
 
 def _given(run: Run) -> str:
