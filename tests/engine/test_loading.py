@@ -20,7 +20,7 @@ from vae.errors import VAEError
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, request):
     """A finished run of tiny digits."""
-    return _trained(tmp_path_factory.mktemp("run"))
+    return _trained(tmp_path_factory.mktemp("sweep") / "run")  # alone in its folder: a test reads that
 
 
 def _trained(folder, *overrides):
