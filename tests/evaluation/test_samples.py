@@ -1,5 +1,6 @@
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,3 +181,33 @@ def test_the_inception_fid_says_what_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(VAEError, match="torch-fidelity"):
         inception_fid(torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 8))
+
+
+def test_the_inception_fid_is_given_images_cut_to_the_interval(monkeypatch):
+    seen = []
+
+    class Metric:
+        def __init__(self, **_):
+            pass
+
+        def to(self, device):
+            return self
+
+        def update(self, images, real):
+            seen.append(images)
+
+        def compute(self):
+            return torch.tensor(3.0)
+
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", SimpleNamespace(FrechetInceptionDistance=Metric))
+    x = torch.linspace(-0.5, 1.5, 4).reshape(4, 1, 1, 1).expand(4, 1, 8, 8)
+    assert inception_fid(x.clamp(0, 1), x) == {"fid_inception_n4": 3.0}
+    assert torch.equal(seen[0], seen[1]) and seen[1].shape == (4, 3, 8, 8)
+
+
+def test_samples_are_compared_as_images_in_the_interval(tiny, quick_classifier):
+    data, _ = build(tiny("data.limit=null"))
+    x = data.examples("val", 40).x
+    assert sample_quality(Replay(3 * x - 1), data, 40, cache=quick_classifier) == sample_quality(
+        Replay((3 * x - 1).clamp(0, 1)), data, 40, cache=quick_classifier
+    )

@@ -47,9 +47,10 @@ def sample_quality(
 ) -> dict[str, float]:
     """`compare` of the first n images of a split with as many samples of the model, on the classifier's features.
 
-    Where the images are binary, so are the samples: draws of the pixels, and mean images otherwise. Beside the distance
-    stands its floor on this data, `frechet_distance_floor`: that of as many training images. cache: a folder for the
-    trained classifier. y: labels of the samples, (n,), for a conditional model. Deterministic from `seed`.
+    Where the images are binary, samples are draws of the pixels, and mean images otherwise; both cut to [0, 1], which
+    those of a Gaussian or a Laplace may leave. Beside the distance stands its floor on this data, `frechet_distance_floor`:
+    that of as many training images. cache: a folder for the trained classifier. y: labels of the samples, (n,), for a
+    conditional model. Deterministic from `seed`.
     """
     device = next(vae.parameters()).device
     real = data.examples(split, n).x
@@ -57,7 +58,7 @@ def sample_quality(
     train = training_batch(data, 20_000, seed)
     classifier = trained_classifier(train, seed, cache, tick=tick).to(device)
     binary = bool(((real == 0) | (real == 1)).all())
-    fake = model_samples(vae, n, generator(seed, "samples", device=device), draw_pixels=binary, y=y)
+    fake = model_samples(vae, n, generator(seed, "samples", device=device), draw_pixels=binary, y=y).clamp(0, 1)
     features_of = in_parts(classifier.features, device)
     of_real = features_of(real)
     floor = {}
@@ -157,7 +158,7 @@ def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 
 def inception_fid(real: Tensor, fake: Tensor, at_a_time: int = 100) -> dict[str, float]:
-    """fid_inception_nN of images (N, C, H, W) in [0, 1], grey ones as RGB, by torchmetrics (Heusel et al. 2017).
+    """fid_inception_nN of images (N, C, H, W), cut to [0, 1], grey ones as RGB, by torchmetrics (Heusel et al. 2017).
 
     Raises VAEError where the Inception weights can't be had.
     """
@@ -171,7 +172,7 @@ def inception_fid(real: Tensor, fake: Tensor, at_a_time: int = 100) -> dict[str,
             "frechet_distance on the classifier's features needs neither."
         ) from error
     for images, is_real in ((real, True), (fake, False)):
-        for part in images.split(at_a_time):
+        for part in images.clamp(0, 1).split(at_a_time):  # beyond, torchmetrics' bytes wrap round
             metric.update(part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part, real=is_real)
     return {f"fid_inception_n{len(real)}": metric.compute().item()}
 
