@@ -50,7 +50,24 @@ def test_frechet_distance_of_two_gaussians_is_the_closed_form():
     c, d = (m @ m.T + eye for m in mixed)
     expected = (c + d).trace().item() - 2 * np.trace(scipy.linalg.sqrtm(c.numpy() @ d.numpy()).real)
     assert math.isclose(frechet_distance(points_with(zero, c, 50, "c"), points_with(zero, d, 50, "d")), expected)
-    assert abs(frechet_distance(a, a)) < 1e-12
+
+
+def test_a_small_frechet_distance_does_not_cancel_and_none_is_negative():
+    a = normal(500, 64).relu() * torch.linspace(0, 30, 64)  # flat in its first direction
+    for order in range(20):
+        again = a[torch.randperm(500, generator=generator("order", order))]
+        assert 0 <= frechet_distance(a, again) < 1e-20
+    assert 0 <= frechet_distance(a[:20], a[:20].flip(0)) < 1e-20  # fewer points than dimensions
+    assert math.isclose(frechet_distance(a, a + 1e-6), 64e-12, rel_tol=1e-6)
+
+
+def test_training_images_have_no_floor_of_training_images(tiny, quick_classifier):
+    data, module = build(tiny("data.limit=null"))
+    floors = {
+        split: "frechet_distance_floor_n40" in sample_quality(module.vae, data, 40, split, cache=quick_classifier)
+        for split in ("train", "val")
+    }
+    assert floors == {"train": False, "val": True}
 
 
 def test_frechet_distance_of_flat_features_is_finite_and_right():

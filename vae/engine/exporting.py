@@ -188,9 +188,8 @@ def _diffusers(run: LoadedRun, out: Path, licence: str | None, save: Any) -> lis
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     loaded = "from diffusers import AutoencoderKL\n\nautoencoder = AutoencoderKL.from_pretrained(FOLDER)\n"
     loaded += "latents = autoencoder.encode(2 * images - 1).latent_dist.sample() * autoencoder.config.scaling_factor\n"
-    loaded += (
-        "images = ((autoencoder.decode(latents / autoencoder.config.scaling_factor).sample + 1) / 2).clamp(0, 1)\n"
-    )
+    loaded += "decoded = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample\n"
+    loaded += "images = ((decoded + 1) / 2).clamp(0, 1)\n"
     card = model_card(run, licence, loaded) + f"\nImages lie in [0, 1] here, and in [-1, 1] there; {scaled}.\n"
     write_text(out / "README.md", card)
     return [WEIGHTS, "config.json", "README.md"]
