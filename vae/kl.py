@@ -51,7 +51,8 @@ def kl_gaussian_full(*, p_mean: Tensor, p_covariance: Tensor, q_mean: Tensor, q_
     """KL(N(p_mean, p_covariance) || N(q_mean, q_covariance)) of two Gaussians with any covariance, in nats.
 
     With covariances L L' and M = Lq^-1 Lp it is 1/2 (|M|^2 + |Lq^-1 (mp - mq)|^2 - D) - sum log diag M: no matrix is
-    inverted, and the diagonal's terms, (m^2 - 1 - log m^2) / 2, are never negative. Shapes: means (..., D), covariances (..., D, D), broadcast -> (...).
+    inverted, and the diagonal's terms, (m^2 - 1 - log m^2) / 2, are never negative.
+    Shapes: means (..., D), covariances (..., D, D), broadcast -> (...).
     Raises VAEError where a covariance is not positive definite.
     """
     p_mean, q_mean = full_precision(p_mean), full_precision(q_mean)

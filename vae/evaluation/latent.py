@@ -98,10 +98,7 @@ def gaussian_kl_to_prior(z: Tensor, diagonal: bool = False) -> float:
     """
     z = wide(z)
     mean, centred = z.mean(0), z - z.mean(0)
-    if diagonal:
-        values = centred.square().mean(0)
-    else:
-        values = torch.linalg.svdvals(centred / math.sqrt(len(z))).square()
+    values = centred.square().mean(0) if diagonal else torch.linalg.svdvals(centred / math.sqrt(len(z))).square()
     if len(values) < z.shape[1]:
         return math.inf
     excess = values - 1
