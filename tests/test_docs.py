@@ -9,19 +9,25 @@ import json
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import torch
 import yaml
+from commands import run
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from vae.cli import CONFIGS
-from vae.engine.run import train
+from vae.engine.fitted_priors import fit_prior
+from vae.engine.measuring import measure
+from vae.engine.per_image import set_aside
+from vae.engine.run import load, train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,6 +124,26 @@ def test_a_part_of_ones_own_trains_as_the_page_says(page, choice, loss, tmp_path
     config = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
     metrics = train(config, tmp_path / "run", tiny, progress_bar=False)
     assert metrics["val/loss"] == pytest.approx(loss(metrics), rel=0.02)
+
+
+def test_the_page_lists_what_is_in_a_runs_folder_and_nothing_else(tmp_path):
+    folder, small = tmp_path / "run", ["data.limit=64", "trainer.max_epochs=1", "evaluation.nll_samples=5", "threads=1"]
+    command = [*small, "trainer.accelerator=cpu", "logger=[tensorboard,csv]", f"hydra.run.dir={folder}"]
+    assert run("vae.train", *command, cwd=tmp_path).returncode == 0
+    measure(folder, "val", {"measures": "decomposition"})
+    _, data, module = load(folder)
+    fit_prior(module.vae, data, folder, "gaussian")
+    there = {path.name for path in folder.iterdir()}
+    assert set_aside(folder, torch.nn.Linear(1, 1), 2) is not None  # as of other weights
+    there |= {path.name for path in folder.iterdir()}
+
+    page = (ROOT / "docs" / "first_steps.md").read_text()
+    table = page.partition("## What is in a run's folder")[2].partition("\n## ")[0]
+    names = [name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall("`(.*?)/?`", row)]
+    patterns = {name.replace("SPLIT", "*").replace("STEP", "*[0-9]"): name for name in names}
+    assert not {name for name in there if not any(fnmatch(name, pattern) for pattern in patterns)}
+    missing = {name for pattern, name in patterns.items() if not any(fnmatch(found, pattern) for found in there)}
+    assert missing == {"loggers.json", "wandb"}  # of other loggers
 
 
 def test_every_link_to_a_file_leads_to_one():
