@@ -206,6 +206,23 @@ def test_every_setting_that_a_sentence_or_a_page_names_exists():
     assert named > 90 and not missing
 
 
+def test_the_weights_that_are_not_to_be_searched_by_the_elbo_and_their_terms_exist():
+    table = (
+        (ROOT / "docs" / "sweeps.md").read_text().partition("### A weight on something")[2].partition("\n\nOn the")[0]
+    )
+    source = "".join(path.read_text() for path in (ROOT / "vae" / "objectives").glob("*.py"))
+    rows = re.findall(r"^\| (`.*?) \| .*? \| (.*?) \|$", table, re.M)
+    keys, terms = (
+        set(re.findall(pattern, " ".join(cells)))
+        for pattern, cells in zip((r"`(\w+\.\w+)`", r"`val/(\w+)`"), zip(*rows, strict=True), strict=True)
+    )
+    assert (
+        keys <= known_settings()[0]
+        and {"objective.lambda_feature", "regularizer.weight", "objective.lambda_od"} <= keys
+    )
+    assert all(re.search(rf'\b{term}=|"{term}"', source) for term in terms) and {"feature", "spectrum"} <= terms
+
+
 def test_every_work_that_the_code_cites_is_on_the_page_of_citations():
     page = (ROOT / "docs" / "citations.md").read_text()
     cited = set()
