@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -231,6 +233,31 @@ def test_an_exported_decoder_gives_images_in_the_interval_too(tmp_path):
     z = 30 * torch.randn(8, 3, generator=generator("z"))
     assert run.vae.mean_image(z).min() < -0.1
     assert torch.equal(DecoderProgram(run.vae)(z), run.decode(z))
+
+
+def test_exporting_says_what_it_wrote_and_not_how_the_program_was_rewritten(finished, tmp_path):
+    for package in ("safetensors", "onnx", "onnxscript"):
+        pytest.importorskip(package)
+    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
+        pytest.skip("torch 2.6 is the first that exports programs for batches of any size")
+    from commands import run as command
+
+    done = command("vae.export", f"run={finished}", "out=out", "format=onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "model.safetensors, config.json, README.md, encoder.onnx, decoder.onnx: out\n"
+
+
+def test_exporting_shows_warnings_of_any_package_and_what_this_one_says():
+    code = (
+        "import logging.config; from hydra import compose, initialize_config_dir; from omegaconf import OmegaConf\n"
+        "from vae.cli import CONFIGS; context = initialize_config_dir(CONFIGS, version_base='1.3'); context.__enter__()\n"
+        "logged = compose('export', ['run=a', 'out=b'], return_hydra_config=True).hydra.job_logging\n"
+        "logging.config.dictConfig(OmegaConf.to_container(logged, resolve=True))\n"
+        "for name in ('onnxscript', 'vae'):\n"
+        "    logging.getLogger(name).info(name + ' says'); logging.getLogger(name).warning(name + ' warns')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "onnxscript warns\nvae says\nvae warns\n", done.stderr
 
 
 def test_an_older_torch_that_cannot_export_onnx_is_named_before_anything_is_written(tmp_path, monkeypatch):
