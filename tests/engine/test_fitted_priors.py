@@ -86,14 +86,15 @@ def test_a_prior_that_is_worse_on_new_images_than_that_of_training_is_told(copie
     (record,) = caplog.records
     shown = f"is {found['val']:.2f} nats, {found['val_of_own_prior']:.2f} under the prior of training, and {found['train']:.2f}"
     assert record.getMessage().startswith("The prior many is worse on new images") and shown in record.getMessage()
+    assert record.getMessage().endswith("knows by heart. Fit prior=gaussian, or fewer prior.components.")
 
 
 @pytest.mark.parametrize(("below", "told"), [(0.9, False), (1.1, True)])
 def test_worse_by_three_standard_errors_is_told(below, told, caplog):
     noise = torch.tensor([-1.0, 1.0]).repeat(50).double()  # of mean 0 and standard error 0.1
     own = torch.linspace(-30, -20, 100).double()
-    fitted_priors._warn_if_worse("some", own, own + noise - 3 * 0.1 * below, own)
-    assert bool(caplog.records) == told
+    fitted_priors._warn_if_worse("maf", "some", own, own + noise - 3 * 0.1 * below, own)
+    assert [record.getMessage().rpartition(" which it ")[2] for record in caplog.records] == ["knows by heart."] * told
 
 
 def test_the_gaussian_has_the_exact_moments_of_the_training_split(finished):

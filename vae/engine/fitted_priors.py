@@ -111,7 +111,7 @@ def fit_prior(
     z = {split: found.z[:scored].to(device) for split, found in (("train", train), ("val", val))}
     log_prob = {split: wide(prior.log_prob(draws)) for split, draws in z.items()}
     own = wide(vae.prior.log_prob(z["val"]))
-    _warn_if_worse(name, log_prob["train"], log_prob["val"], own)
+    _warn_if_worse(kind, name, log_prob["train"], log_prob["val"], own)
     config = {
         "prior": kind,
         "latent_shape": list(vae.latent_shape),
@@ -134,7 +134,7 @@ def fit_prior(
     return config
 
 
-def _warn_if_worse(name: str, train: Tensor, val: Tensor, own: Tensor) -> None:
+def _warn_if_worse(kind: str, name: str, train: Tensor, val: Tensor, own: Tensor) -> None:
     """Warn where log p(z) of the validation draws (N,) is below `own`, that under the prior of training, by more than CLEAR
     standard errors of its mean."""
     gain = val - own
@@ -142,7 +142,8 @@ def _warn_if_worse(name: str, train: Tensor, val: Tensor, own: Tensor) -> None:
         logging.getLogger(__name__).warning(
             f"The prior {name} is worse on new images than the prior of training: log p(z) of the validation draws is "
             f"{val.mean():.2f} nats, {own.mean():.2f} under the prior of training, and {train.mean():.2f} of the {len(train)} "
-            "training draws, which it knows by heart. Fit one with fewer numbers: prior=gaussian, or fewer prior.components."
+            "training draws, which it knows by heart."
+            + (" Fit prior=gaussian, or fewer prior.components." if kind == "mixture" else "")
         )
 
 
