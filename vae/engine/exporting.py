@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -142,17 +143,19 @@ def _onnx(run: LoadedRun, out: Path) -> list[str]:
     for name, (program, inputs) in _programs(run).items():
         outputs = {"encoder": "parameters", "decoder": "images"}[name]
         first = {"encoder": "images", "decoder": "latents"}[name]
-        torch.onnx.export(
-            program,
-            inputs,
-            str(out / f"{name}.onnx"),
-            dynamo=True,
-            input_names=[first, *["labels"][: len(inputs) - 1]],
-            output_names=[outputs],
-            dynamic_shapes=_any_batch(inputs),
-            external_data=False,
-            verbose=False,
-        )
+        with warnings.catch_warnings():  # one batch of labels and images, which is what is meant
+            warnings.filterwarnings("ignore", message="# The axis name: batch will not be used")
+            torch.onnx.export(
+                program,
+                inputs,
+                str(out / f"{name}.onnx"),
+                dynamo=True,
+                input_names=[first, *["labels"][: len(inputs) - 1]],
+                output_names=[outputs],
+                dynamic_shapes=_any_batch(inputs),
+                external_data=False,
+                verbose=False,
+            )
         names.append(f"{name}.onnx")
     return names
 
