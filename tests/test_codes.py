@@ -318,7 +318,7 @@ def test_a_posterior_of_codes_chooses_a_prior_over_codes_and_another_one_is_take
         ([*VQ, "posterior.dim=4"], r"posterior\.dim=4 says: it takes a multiple of 4, such as 8"),
         ([*FSQ, "posterior.levels=[2,3]"], r"posterior\.levels=2 must be a whole number from 3"),
         ([*FSQ, "posterior.levels=[]"], r"posterior\.levels needs at least one"),
-        ([*FSQ, "posterior.levels=[2000,2000]"], r"the product of posterior\.levels,=4000000 must be"),
+        ([*FSQ, "posterior.levels=[2000,2000]"], r"\.levels=\[2000, 2000\] makes 4,000,000 codes, and 1,048,576 are"),
         ([*VQ, "posterior.codes=1"], r"posterior\.codes=1 must be"),
         ([*VQ, "posterior.decay=1.0"], r"posterior\.decay=1\.0 must be at least 0 and below 1"),
         ([*VQ, "posterior.commitment=-1"], r"posterior\.commitment=-1 must be at least 0\."),

@@ -9,19 +9,25 @@ import json
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import torch
 import yaml
+from commands import run
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from vae.cli import CONFIGS
-from vae.engine.run import train
+from vae.engine.fitted_priors import fit_prior
+from vae.engine.measuring import measure
+from vae.engine.per_image import set_aside
+from vae.engine.run import load, train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -121,6 +127,26 @@ def test_a_part_of_ones_own_trains_as_the_page_says(page, choice, loss, tmp_path
     assert metrics["test/beta"] == 1.0
 
 
+def test_the_page_lists_what_is_in_a_runs_folder_and_nothing_else(tmp_path):
+    folder, small = tmp_path / "run", ["data.limit=64", "trainer.max_epochs=1", "evaluation.nll_samples=5", "threads=1"]
+    command = [*small, "trainer.accelerator=cpu", "logger=[tensorboard,csv]", f"hydra.run.dir={folder}"]
+    assert run("vae.train", *command, cwd=tmp_path).returncode == 0
+    measure(folder, "val", {"measures": "decomposition"})
+    _, data, module = load(folder)
+    fit_prior(module.vae, data, folder, "gaussian")
+    there = {path.name for path in folder.iterdir()}
+    assert set_aside(folder, torch.nn.Linear(1, 1), 2) is not None  # as of other weights
+    there |= {path.name for path in folder.iterdir()}
+
+    page = (ROOT / "docs" / "first_steps.md").read_text()
+    table = page.partition("## What is in a run's folder")[2].partition("\n## ")[0]
+    names = [name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall("`(.*?)/?`", row)]
+    patterns = {name.replace("SPLIT", "*").replace("STEP", "*[0-9]"): name for name in names}
+    assert not {name for name in there if not any(fnmatch(name, pattern) for pattern in patterns)}
+    missing = {name for pattern, name in patterns.items() if not any(fnmatch(found, pattern) for found in there)}
+    assert missing == {"loggers.json", "wandb"}  # of other loggers
+
+
 def test_every_link_to_a_file_leads_to_one():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http|#)([^)#\s]+)", page.read_text()):
@@ -179,6 +205,23 @@ def test_every_setting_that_a_sentence_or_a_page_names_exists():
         named += len(found)
         missing += [f"{place}: {one}" for one in wrong]
     assert named > 90 and not missing
+
+
+def test_the_weights_that_are_not_to_be_searched_by_the_elbo_and_their_terms_exist():
+    table = (
+        (ROOT / "docs" / "sweeps.md").read_text().partition("### A weight on something")[2].partition("\n\nOn the")[0]
+    )
+    source = "".join(path.read_text() for path in (ROOT / "vae" / "objectives").glob("*.py"))
+    rows = re.findall(r"^\| (`.*?) \| .*? \| (.*?) \|$", table, re.M)
+    keys, terms = (
+        set(re.findall(pattern, " ".join(cells)))
+        for pattern, cells in zip((r"`(\w+\.\w+)`", r"`val/(\w+)`"), zip(*rows, strict=True), strict=True)
+    )
+    assert (
+        keys <= known_settings()[0]
+        and {"objective.lambda_feature", "regularizer.weight", "objective.lambda_od"} <= keys
+    )
+    assert all(re.search(rf'\b{term}=|"{term}"', source) for term in terms) and {"feature", "spectrum"} <= terms
 
 
 def test_every_work_that_the_code_cites_is_on_the_page_of_citations():

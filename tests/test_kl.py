@@ -79,6 +79,15 @@ def test_kl_of_full_gaussians_is_that_of_torch_distributions_batched(noise):
     torch.testing.assert_close(value, kl_divergence(p, q))
 
 
+def test_kl_of_two_full_gaussians_that_are_nearly_one_is_never_negative_and_does_not_cancel(noise):
+    for _ in range(50):
+        mean, covariance = randn(noise, 5).float(), positive_definite(noise, d=5).float()
+        own = {"p_mean": mean, "p_covariance": covariance, "q_mean": mean}
+        assert 0 <= kl_gaussian_full(**own, q_covariance=covariance).item() < 1e-12
+        near = kl_gaussian_full(**own, q_covariance=covariance * 1.001).item()
+        assert near == pytest.approx(2.5 * (1 / 1.001 - 1 + math.log(1.001)), rel=5e-3)
+
+
 def test_kl_of_full_gaussians_with_diagonal_covariances_is_the_sum_of_the_diagonal_kl(noise):
     p_mean, p_log_var, q_mean, q_log_var = randn(noise, 4, 6)
     full = kl_gaussian_full(

@@ -50,16 +50,17 @@ def kl_gaussian(*, p_mean: Tensor, p_log_var: Tensor, q_mean: Tensor, q_log_var:
 def kl_gaussian_full(*, p_mean: Tensor, p_covariance: Tensor, q_mean: Tensor, q_covariance: Tensor) -> Tensor:
     """KL(N(p_mean, p_covariance) || N(q_mean, q_covariance)) of two Gaussians with any covariance, in nats.
 
-    With covariances L L': 1/2 (|Lq^-1 Lp|^2 + |Lq^-1 (mp - mq)|^2 - D) + sum log diag Lq - sum log diag Lp, so that
-    no matrix is inverted. Shapes: means (..., D), covariances (..., D, D), broadcast -> (...).
+    With covariances L L' and M = Lq^-1 Lp it is 1/2 (|M|^2 + |Lq^-1 (mp - mq)|^2 - D) - sum log diag M: no matrix is
+    inverted, and the diagonal's terms, (m^2 - 1 - log m^2) / 2, are never negative.
+    Shapes: means (..., D), covariances (..., D, D), broadcast -> (...).
     Raises VAEError where a covariance is not positive definite.
     """
     p_mean, q_mean = full_precision(p_mean), full_precision(q_mean)
     p_scale, q_scale = _cholesky("p", p_covariance), _cholesky("q", q_covariance)
-    spread = torch.linalg.solve_triangular(q_scale, p_scale, upper=False).square().sum((-2, -1))
+    spread = torch.linalg.solve_triangular(q_scale, p_scale, upper=False).tril(-1).square().sum((-2, -1))
     shift = torch.linalg.solve_triangular(q_scale, (p_mean - q_mean).unsqueeze(-1), upper=False).square().sum((-2, -1))
-    log_dets = q_scale.diagonal(dim1=-2, dim2=-1).log().sum(-1) - p_scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return 0.5 * (spread + shift - p_mean.shape[-1]) + log_dets
+    log_ratio = 2 * (p_scale.diagonal(dim1=-2, dim2=-1).log() - q_scale.diagonal(dim1=-2, dim2=-1).log())
+    return 0.5 * (spread + shift + (torch.expm1(log_ratio) - log_ratio).sum(-1))
 
 
 def _cholesky(side: str, covariance: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ class VAE(nn.Module):
         return self.mean_image(self.encode(x, y).mean, y)
 
     def mean_image(self, z: Tensor, y: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """E[x|z], (N, D) -> (N, C, H, W).
+        """E[x|z], (N, D) -> (N, C, H, W); of a Gaussian or a Laplace likelihood it may leave [0, 1].
 
         Of an autoregressive decoder, each pixel's mean given a draw of those before it: by `generator`, or without one by
         the same noise at each call.

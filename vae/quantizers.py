@@ -62,7 +62,7 @@ class FiniteScalarQuantizer(Quantizer):
     even L and otherwise 0, and shift is such that f(0) = 0. z = zhat / floor(L / 2), in [-1, 1]. The gradient is that of f,
     as if nothing were rounded (straight through). The index is sum_i (zhat_i + floor(L_i / 2)) prod_(j<i) L_j, of K = prod L.
 
-    There is nothing to learn and nothing to add to the loss. Raises VAEError for no level, or one below 3.
+    There is nothing to learn and nothing to add to the loss. Raises VAEError for no level, one below 3, or too many codes.
     """
 
     EPS = 1e-3
@@ -74,7 +74,9 @@ class FiniteScalarQuantizer(Quantizer):
         if not levels:
             raise VAEError("posterior.levels needs at least one number of levels.")
         levels = [whole("posterior.levels", level, least=3, most=MOST_CODES) for level in levels]
-        number = whole("The number of codes, the product of posterior.levels,", math.prod(levels), most=MOST_CODES)
+        number = math.prod(levels)
+        if number > MOST_CODES:
+            raise VAEError(f"posterior.levels={levels} makes {number:,} codes, and {MOST_CODES:,} are the most.")
         super().__init__(latent_dim, len(levels), number, f"posterior.levels={levels}")
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
@@ -112,8 +114,9 @@ class VectorQuantizer(Quantizer):
     The codebook has no gradient. It is an online k-means (their appendix A.1): n_k <- decay n_k + (1 - decay) (how many of
     the batch's vectors have code k), s_k likewise of their sum, and code k is s_k / n_k with n_k smoothed, (n_k + smoothing)
     N / (N + K smoothing) with N = sum n. A step of decay 0 without smoothing is one of k-means. z takes the codes of before
-    the step. `commitment` times |vector - its code|^2, summed over an image's codes, is added to the loss of each image; the
-    decoder's gradient reaches the vector as if it were the code (straight through).
+    the step. `commitment` times |vector - its code|^2, summed over an image's codes, is added to the loss of each image, in
+    nats, so that it has to be of the distortion's scale; the decoder's gradient reaches the vector as if it were the code
+    (straight through).
 
     A code with n_k below `restart` times what each would have if all had alike starts anew at a vector of the batch that is
     drawn at random (Dhariwal et al. 2020); in the first step these are most. restart=0 leaves that out. The codebook is a

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -17,6 +19,7 @@ from vae.cli import CONFIGS
 from vae.engine.latents import write_latents
 from vae.engine.run import train
 from vae.errors import VAEError
+from vae.seeding import generator
 
 
 def trained(folder, *overrides):
@@ -210,7 +213,7 @@ def test_exported_programs_give_our_outputs_at_any_batch_size(form, kind, tmp_pa
         x, z = torch.rand(n, *run.image_shape), torch.randn(n, 3)
         y = (torch.arange(n) % 10,) if run.vae.num_classes else ()
         with torch.no_grad():
-            expected = {"encoder": run.vae.encoder(x, *y), "decoder": run.vae.mean_image(z, *y)}
+            expected = {"encoder": run.vae.encoder(x, *y), "decoder": run.decode(z, *y)}
         for name, first in (("encoder", x), ("decoder", z)):
             if form == "torch_export":
                 found = torch.export.load(tmp_path / "out" / f"{name}.pt2").module()(first, *y)
@@ -221,6 +224,41 @@ def test_exported_programs_give_our_outputs_at_any_batch_size(form, kind, tmp_pa
                 feed = {i.name: v.numpy() for i, v in zip(session.get_inputs(), (first, *y), strict=True)}
                 found = torch.from_numpy(session.run(None, feed)[0])
             torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=0)
+
+
+def test_an_exported_decoder_gives_images_in_the_interval_too(tmp_path):
+    from vae.engine.exporting import DecoderProgram
+
+    run = vae.load(trained(tmp_path / "run", "likelihood=gaussian"))
+    z = 30 * torch.randn(8, 3, generator=generator("z"))
+    assert run.vae.mean_image(z).min() < -0.1
+    assert torch.equal(DecoderProgram(run.vae)(z), run.decode(z))
+
+
+def test_exporting_says_what_it_wrote_and_not_how_the_program_was_rewritten(tmp_path):
+    for package in ("safetensors", "onnx", "onnxscript"):
+        pytest.importorskip(package)
+    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
+        pytest.skip("torch 2.6 is the first that exports programs for batches of any size")
+    from commands import run as command
+
+    run = trained(tmp_path / "run", "objective=cvae")
+    done = command("vae.export", f"run={run}", "out=out", "format=onnx", cwd=tmp_path)
+    assert done.returncode == 0 and "axis name" not in done.stderr, done.stderr
+    assert done.stdout == "model.safetensors, config.json, README.md, encoder.onnx, decoder.onnx: out\n"
+
+
+def test_exporting_shows_warnings_of_any_package_and_what_this_one_says():
+    code = (
+        "import logging.config; from hydra import compose, initialize_config_dir; from omegaconf import OmegaConf\n"
+        "from vae.cli import CONFIGS; context = initialize_config_dir(CONFIGS, version_base='1.3'); context.__enter__()\n"
+        "logged = compose('export', ['run=a', 'out=b'], return_hydra_config=True).hydra.job_logging\n"
+        "logging.config.dictConfig(OmegaConf.to_container(logged, resolve=True))\n"
+        "for name in ('onnxscript', 'vae'):\n"
+        "    logging.getLogger(name).info(name + ' says'); logging.getLogger(name).warning(name + ' warns')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "onnxscript warns\nvae says\nvae warns\n", done.stderr
 
 
 def test_an_older_torch_that_cannot_export_onnx_is_named_before_anything_is_written(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from vae.errors import VAEError
 
 @pytest.fixture(autouse=True)
 def plots_in_no_time(monkeypatch):
-    monkeypatch.setattr(pictures, "kl_bars", lambda kl: kl.float().expand(3, 1, -1))
+    monkeypatch.setattr(pictures, "kl_bars", lambda kl, _: kl.float().expand(3, 1, -1))
     monkeypatch.setattr(pictures, "latent_space", lambda mean, kl, labels: mean[:, kl.argsort()].expand(3, -1, -1))
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import vae
+from vae.engine import fitted_priors
 from vae.engine.fitted_priors import aggregate, fit_prior, read_prior
 from vae.engine.folder import read_json
 from vae.engine.measuring import measure
@@ -74,6 +75,26 @@ def test_a_kept_prior_is_the_one_that_was_fitted(finished, kind):
         "weights.pt",
     ]
     assert not torch.equal(fitted.sample(1), run.sample(1))
+
+
+def test_a_prior_that_is_worse_on_new_images_than_that_of_training_is_told(copied, caplog):
+    run = vae.load(copied)
+    fit_prior(run.vae, run.data, copied, "gaussian", name="few")
+    assert not caplog.records
+    found = fit_prior(run.vae, run.data, copied, "mixture", name="many", options={"components": 30})["log_prob"]
+    assert found["val"] < found["val_of_own_prior"] - 1 and found["train"] > found["val"] + 1
+    (record,) = caplog.records
+    shown = f"is {found['val']:.2f} nats, {found['val_of_own_prior']:.2f} under the prior of training, and {found['train']:.2f}"
+    assert record.getMessage().startswith("The prior many is worse on new images") and shown in record.getMessage()
+    assert record.getMessage().endswith("knows by heart. Fit prior=gaussian, or fewer prior.components.")
+
+
+@pytest.mark.parametrize(("below", "told"), [(0.9, False), (1.1, True)])
+def test_worse_by_three_standard_errors_is_told(below, told, caplog):
+    noise = torch.tensor([-1.0, 1.0]).repeat(50).double()  # of mean 0 and standard error 0.1
+    own = torch.linspace(-30, -20, 100).double()
+    fitted_priors._warn_if_worse("maf", "some", own, own + noise - 3 * 0.1 * below, own)
+    assert [record.getMessage().rpartition(" which it ")[2] for record in caplog.records] == ["knows by heart."] * told
 
 
 def test_the_gaussian_has_the_exact_moments_of_the_training_split(finished):

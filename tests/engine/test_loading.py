@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ import torch
 from PIL import Image
 
 import vae
+from vae.cli import CONFIGS
 from vae.engine.run import load as load_module
 from vae.engine.run import train
 from vae.errors import VAEError
+from vae.likelihoods import LocationScale
+from vae.seeding import generator
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +29,6 @@ def finished(tmp_path_factory, request):
 
 def _trained(folder, *overrides):
     from hydra import compose, initialize_config_dir
-
-    from vae.cli import CONFIGS
 
     small = ["data.limit=64", "data.batch_size=32", "trainer.max_epochs=1", "evaluation.nll_samples=5", "threads=1"]
     small += ["callbacks=minimal", "logger=none", "network.hidden=[16]", "model.latent_dim=3"]
@@ -100,6 +102,23 @@ def test_samples_repeat_by_seed_and_lines_end_at_the_reconstructions(finished):
     torch.testing.assert_close(line[[0, -1]], torch.cat([run.reconstruct(a), run.reconstruct(b)]))
     middle = run.decode((run.encode(a).mean + run.encode(b).mean) / 2)
     torch.testing.assert_close(line[2:3], middle)
+
+
+@pytest.mark.parametrize("likelihood", sorted(path.stem for path in (Path(CONFIGS) / "likelihood").glob("*.yaml")))
+def test_images_are_means_cut_to_the_interval_and_are_taken_in_again(likelihood, tmp_path):
+    run = vae.load(_trained(tmp_path / "run", f"likelihood={likelihood}", "data.binarize=none"))
+    for parameter in run.vae.decoder.parameters():
+        parameter.mul_(10)
+    mean = run.vae.sample(32, generator(4, "samples"))
+    unbounded = isinstance(run.vae.likelihood, LocationScale)
+    assert (mean.min() < -0.1 and mean.max() > 1.1) == unbounded
+    images = run.sample(32, seed=4)
+    assert torch.equal(images, mean.clamp(0, 1))
+    z = run.encode(images).mean  # which takes images in [0, 1] alone
+    assert torch.equal(run.decode(z), run.vae.mean_image(z).clamp(0, 1))
+    assert torch.equal(run.reconstruct(images), run.decode(z))
+    for others in (run.interpolate(images[0], images[1]), run.traverse(images[0], reach=9.0)):
+        assert others.min() >= 0 and others.max() <= 1
 
 
 def test_a_traversal_moves_one_latent_and_leaves_the_others(finished):

@@ -97,6 +97,12 @@ def test_a_run_folder_is_complete(tiny, tmp_path):
     assert {"python", "device", "command", "git_commit", "date"} <= set(environment)
 
 
+def test_a_kl_that_is_estimated_for_all_dimensions_together_has_no_bars(tiny, tmp_path):
+    trained(tiny("callbacks=default", "prior=mixture", "prior.components=2"), tmp_path)
+    names = {path.stem for path in (tmp_path / "pictures").iterdir()}
+    assert names == {"samples", "reconstructions", "traversals", "latent_space"}
+
+
 OPTIONS = [
     f"{group.name}={option.stem}"
     for group in sorted(Path(CONFIGS).iterdir())

@@ -425,6 +425,14 @@ def test_total_correlation_and_wasserstein_of_equal_correlations_are_the_closed_
     assert scores["unsupervised/means_gaussian_wasserstein_norm"] == pytest.approx(wasserstein / dim, rel=1e-9)
 
 
+def test_independent_latents_depend_on_one_another_by_nothing_and_never_by_less():
+    rng = np.random.default_rng(0)
+    covariances = [np.diag(rng.random(9)) for _ in range(100)]
+    for measure in (gaussian_total_correlation, gaussian_wasserstein_correlation):
+        values = [measure(cov) for cov in covariances]
+        assert min(values) == 0 and max(values) < 1e-14
+
+
 def test_total_correlation_ignores_scale_and_wasserstein_follows_it():
     cov, scale = np.array([[1.0, 0.5], [0.5, 1.0]]), np.diag([3.0, 0.2])
     scaled = scale @ cov @ scale

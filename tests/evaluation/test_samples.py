@@ -1,5 +1,6 @@
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,7 +50,24 @@ def test_frechet_distance_of_two_gaussians_is_the_closed_form():
     c, d = (m @ m.T + eye for m in mixed)
     expected = (c + d).trace().item() - 2 * np.trace(scipy.linalg.sqrtm(c.numpy() @ d.numpy()).real)
     assert math.isclose(frechet_distance(points_with(zero, c, 50, "c"), points_with(zero, d, 50, "d")), expected)
-    assert abs(frechet_distance(a, a)) < 1e-12
+
+
+def test_a_small_frechet_distance_does_not_cancel_and_none_is_negative():
+    a = normal(500, 64).relu() * torch.linspace(0, 30, 64)  # flat in its first direction
+    for order in range(20):
+        again = a[torch.randperm(500, generator=generator("order", order))]
+        assert 0 <= frechet_distance(a, again) < 1e-20
+    assert 0 <= frechet_distance(a[:20], a[:20].flip(0)) < 1e-20  # fewer points than dimensions
+    assert math.isclose(frechet_distance(a, a + 1e-6), 64e-12, rel_tol=1e-6)
+
+
+def test_training_images_have_no_floor_of_training_images(tiny, quick_classifier):
+    data, module = build(tiny("data.limit=null"))
+    floors = {
+        split: "frechet_distance_floor_n40" in sample_quality(module.vae, data, 40, split, cache=quick_classifier)
+        for split in ("train", "val")
+    }
+    assert floors == {"train": False, "val": True}
 
 
 def test_frechet_distance_of_flat_features_is_finite_and_right():
@@ -180,3 +198,33 @@ def test_the_inception_fid_says_what_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     with pytest.raises(VAEError, match="torch-fidelity"):
         inception_fid(torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 8))
+
+
+def test_the_inception_fid_is_given_images_cut_to_the_interval(monkeypatch):
+    seen = []
+
+    class Metric:
+        def __init__(self, **_):
+            pass
+
+        def to(self, device):
+            return self
+
+        def update(self, images, real):
+            seen.append(images)
+
+        def compute(self):
+            return torch.tensor(3.0)
+
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", SimpleNamespace(FrechetInceptionDistance=Metric))
+    x = torch.linspace(-0.5, 1.5, 4).reshape(4, 1, 1, 1).expand(4, 1, 8, 8)
+    assert inception_fid(x.clamp(0, 1), x) == {"fid_inception_n4": 3.0}
+    assert torch.equal(seen[0], seen[1]) and seen[1].shape == (4, 3, 8, 8)
+
+
+def test_samples_are_compared_as_images_in_the_interval(tiny, quick_classifier):
+    data, _ = build(tiny("data.limit=null"))
+    x = data.examples("val", 40).x
+    assert sample_quality(Replay(3 * x - 1), data, 40, cache=quick_classifier) == sample_quality(
+        Replay((3 * x - 1).clamp(0, 1)), data, 40, cache=quick_classifier
+    )

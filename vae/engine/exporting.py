@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,14 @@ class EncoderProgram(nn.Module):
 
 
 class DecoderProgram(nn.Module):
-    """Latents (B, D) [, labels] -> mean images (B, C, H, W)."""
+    """Latents (B, D) [, labels] -> mean images (B, C, H, W), cut to [0, 1] as those of `vae.load` are."""
 
     def __init__(self, model: vae.VAE) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.model.mean_image(z, y)
+        return self.model.mean_image(z, y).clamp(0, 1)
 
 
 def export(run: LoadedRun, out: Path, form: str = "safetensors", licence: str | None = None) -> list[str]:
@@ -142,17 +143,19 @@ def _onnx(run: LoadedRun, out: Path) -> list[str]:
     for name, (program, inputs) in _programs(run).items():
         outputs = {"encoder": "parameters", "decoder": "images"}[name]
         first = {"encoder": "images", "decoder": "latents"}[name]
-        torch.onnx.export(
-            program,
-            inputs,
-            str(out / f"{name}.onnx"),
-            dynamo=True,
-            input_names=[first, *["labels"][: len(inputs) - 1]],
-            output_names=[outputs],
-            dynamic_shapes=_any_batch(inputs),
-            external_data=False,
-            verbose=False,
-        )
+        with warnings.catch_warnings():  # one batch of labels and images, which is what is meant
+            warnings.filterwarnings("ignore", message="# The axis name: batch will not be used")
+            torch.onnx.export(
+                program,
+                inputs,
+                str(out / f"{name}.onnx"),
+                dynamo=True,
+                input_names=[first, *["labels"][: len(inputs) - 1]],
+                output_names=[outputs],
+                dynamic_shapes=_any_batch(inputs),
+                external_data=False,
+                verbose=False,
+            )
         names.append(f"{name}.onnx")
     return names
 
@@ -188,7 +191,8 @@ def _diffusers(run: LoadedRun, out: Path, licence: str | None, save: Any) -> lis
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     loaded = "from diffusers import AutoencoderKL\n\nautoencoder = AutoencoderKL.from_pretrained(FOLDER)\n"
     loaded += "latents = autoencoder.encode(2 * images - 1).latent_dist.sample() * autoencoder.config.scaling_factor\n"
-    loaded += "images = (autoencoder.decode(latents / autoencoder.config.scaling_factor).sample + 1) / 2\n"
+    loaded += "decoded = autoencoder.decode(latents / autoencoder.config.scaling_factor).sample\n"
+    loaded += "images = ((decoded + 1) / 2).clamp(0, 1)\n"
     card = model_card(run, licence, loaded) + f"\nImages lie in [0, 1] here, and in [-1, 1] there; {scaled}.\n"
     write_text(out / "README.md", card)
     return [WEIGHTS, "config.json", "README.md"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -35,6 +36,7 @@ from vae.fitting import (
 from vae.flow_matching import FlowMatching, fit_flow_matching
 from vae.model import VAE
 from vae.objectives.labels import require_labels
+from vae.precision import wide
 from vae.priors import Prior, VampPrior
 from vae.seeding import generator
 
@@ -51,6 +53,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 MEASURED = ("likelihood", "decomposition", "samples")  # what of `vae.evaluate` is there under a fitted prior
 MOST_COVARYING = 4096  # latents: summing up the covariance of more over a data set takes many minutes
 MOST_ESTIMATED = 1000  # draws whose density under a flow of maps is found: one takes hundreds of passes of its network
+CLEAR = 3.0  # standard errors by which a prior is worse on new images than that of training, to be told so
 SAMPLES = 64  # of the picture kept beside a prior
 
 
@@ -80,7 +83,8 @@ def fit_prior(
     """Fit p(z) to the training split and keep it in `folder`/priors/NAME; returns what its config.json holds.
 
     log_prob: the mean log-density in nats of the training and the validation draws, and of the second under the model's own
-    prior; of a flow of maps, over MOST_ESTIMATED of them. name: by default the kind. resume="restart" fits anew where there is
+    prior, below which a fit of too many numbers to too few images may fall: then there is a warning; of a flow of maps, over
+    MOST_ESTIMATED of them. name: by default the kind. resume="restart" fits anew where there is
     one of that name, which stays while the fit runs.
     Raises VAEError for an unknown kind or option, a name in use, a model whose z is discrete or does not vary, and one that
     this kind of prior does not go with.
@@ -105,6 +109,9 @@ def fit_prior(
         prior = _fitted(vae, data, kind, train, val.z, channels, {"seed": seed, **options}, bar.update).to(device)
     scored = MOST_ESTIMATED if kind == "flow_matching" and vae.spatial else len(train.z)
     z = {split: found.z[:scored].to(device) for split, found in (("train", train), ("val", val))}
+    log_prob = {split: wide(prior.log_prob(draws)) for split, draws in z.items()}
+    own = wide(vae.prior.log_prob(z["val"]))
+    _warn_if_worse(kind, name, log_prob["train"], log_prob["val"], own)
     config = {
         "prior": kind,
         "latent_shape": list(vae.latent_shape),
@@ -112,8 +119,8 @@ def fit_prior(
         "options": options,
         "images": len(train.z),
         "log_prob": {
-            **{split: prior.log_prob(draws).mean().item() for split, draws in z.items()},
-            "val_of_own_prior": vae.prior.log_prob(z["val"]).mean().item(),
+            **{split: values.mean().item() for split, values in log_prob.items()},
+            "val_of_own_prior": own.mean().item(),
         },
         "weights": digest_of(vae),
     }
@@ -125,6 +132,19 @@ def fit_prior(
     write_atomically(place / "samples.png", partial(to_png(picture).save, format="png"))
     write_json(place / "config.json", config)
     return config
+
+
+def _warn_if_worse(kind: str, name: str, train: Tensor, val: Tensor, own: Tensor) -> None:
+    """Warn where log p(z) of the validation draws (N,) is below `own`, that under the prior of training, by more than CLEAR
+    standard errors of its mean."""
+    gain = val - own
+    if gain.mean() + CLEAR * gain.std(correction=0) / len(gain) ** 0.5 < 0:
+        logging.getLogger(__name__).warning(
+            f"The prior {name} is worse on new images than the prior of training: log p(z) of the validation draws is "
+            f"{val.mean():.2f} nats, {own.mean():.2f} under the prior of training, and {train.mean():.2f} of the {len(train)} "
+            "training draws, which it knows by heart."
+            + (" Fit prior=gaussian, or fewer prior.components." if kind == "mixture" else "")
+        )
 
 
 def _channels(vae: VAE, kind: str, options: dict[str, Any]) -> int | None:

@@ -38,8 +38,9 @@ class LoadedRun:
     """A trained model with its config and metrics.
 
     Images go in as uint8 or as floats in [0, 1]: arrays, tensors, PIL images or lists of them, one (C, H, W), (H, W) or
-    (H, W, C), or a batch (N, C, H, W). They come out as float tensors (N, C, H, W) in [0, 1], without gradients. Labels y,
-    (N,) class indices, are needed by label-conditional models alone.
+    (H, W, C), or a batch (N, C, H, W). They come out as float tensors (N, C, H, W) in [0, 1], without gradients: mean images,
+    without the likelihood's noise, cut to [0, 1], which the mean of a Gaussian or a Laplace may leave; `vae.mean_image` is not
+    cut. Labels y, (N,) class indices, are needed by label-conditional models alone.
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", trust: bool = False) -> None:
@@ -182,7 +183,7 @@ class LoadedRun:
     def sample(self, n: int = 1, seed: int = 0, y: Any = None) -> Tensor:
         """Mean images of n draws from the prior; the same for the same seed. y: (n,), or one for all."""
         noise = generator(seed, "samples", device=self.device)
-        return self.vae.sample(n, noise, self._labels(y, n))
+        return self.vae.sample(n, noise, self._labels(y, n)).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Any, y: Any = None) -> Posterior:
@@ -198,13 +199,13 @@ class LoadedRun:
             of = "" if len(self.latent_shape) == 1 else f", or (N, c, h, w) with (c, h, w) = {self.latent_shape}"
             raise VAEError(f"Latents of this model are (N, {self.vae.latent_dim}){of}, not {tuple(z.shape)}.")
         z = z.flatten(1)
-        return self.vae.mean_image(z, self._labels(y, len(z)))
+        return self.vae.mean_image(z, self._labels(y, len(z))).clamp(0, 1)
 
     @torch.no_grad()
     def reconstruct(self, images: Any, y: Any = None) -> Tensor:
         """Mean images at each image's posterior mean."""
         x = self.images(images)
-        return self.vae.reconstruct(x, self._labels(y, len(x)))
+        return self.vae.reconstruct(x, self._labels(y, len(x))).clamp(0, 1)
 
     @torch.no_grad()
     def interpolate(self, a: Any, b: Any, steps: int = 8, y: Any = None) -> Tensor:

@@ -91,18 +91,18 @@ def nearest_neighbours(x: Tensor) -> Tensor:
 def gaussian_kl_to_prior(z: Tensor, diagonal: bool = False) -> float:
     """KL(N(m, S) || N(0, I)) in nats of the Gaussian that has the moments of z (N, D): 0.5 (tr S + m'm - D - log|S|).
 
+    By the eigenvalues of S, l - 1 - log l, never negative.
+
     S without Bessel's correction; diagonal: its diagonal alone, the sum over dimensions. It is the marginal KL where the
     aggregate posterior is Gaussian. Infinite where S is singular.
     """
     z = wide(z)
     mean, centred = z.mean(0), z - z.mean(0)
-    if diagonal:
-        variances = centred.square().mean(0)
-        return 0.5 * (variances.sum() + mean.square().sum() - z.shape[1] - variances.log().sum()).item()
-    values = torch.linalg.svdvals(centred / math.sqrt(len(z))).square()
+    values = centred.square().mean(0) if diagonal else torch.linalg.svdvals(centred / math.sqrt(len(z))).square()
     if len(values) < z.shape[1]:
         return math.inf
-    return 0.5 * (values.sum() + mean.square().sum() - z.shape[1] - values.log().sum()).item()
+    excess = values - 1
+    return 0.5 * ((excess - excess.log1p()).sum() + mean.square().sum()).item()
 
 
 # --- of a model -------------------------------------------------------------------------------------------------------

@@ -47,9 +47,10 @@ def sample_quality(
 ) -> dict[str, float]:
     """`compare` of the first n images of a split with as many samples of the model, on the classifier's features.
 
-    Where the images are binary, so are the samples: draws of the pixels, and mean images otherwise. Beside the distance
-    stands its floor on this data, `frechet_distance_floor`: that of as many training images. cache: a folder for the
-    trained classifier. y: labels of the samples, (n,), for a conditional model. Deterministic from `seed`.
+    Where the images are binary, samples are draws of the pixels, and mean images otherwise; both cut to [0, 1], which
+    those of a Gaussian or a Laplace may leave. Beside the distance stands its floor on this data, `frechet_distance_floor`:
+    that of as many training images, unless the split is of these. cache: a folder for the trained classifier. y: labels of
+    the samples, (n,), for a conditional model. Deterministic from `seed`.
     """
     device = next(vae.parameters()).device
     real = data.examples(split, n).x
@@ -57,11 +58,11 @@ def sample_quality(
     train = training_batch(data, 20_000, seed)
     classifier = trained_classifier(train, seed, cache, tick=tick).to(device)
     binary = bool(((real == 0) | (real == 1)).all())
-    fake = model_samples(vae, n, generator(seed, "samples", device=device), draw_pixels=binary, y=y)
+    fake = model_samples(vae, n, generator(seed, "samples", device=device), draw_pixels=binary, y=y).clamp(0, 1)
     features_of = in_parts(classifier.features, device)
     of_real = features_of(real)
     floor = {}
-    if len(train.x) >= n:
+    if split != "train" and len(train.x) >= n:
         floor[f"frechet_distance_floor_n{n}"] = frechet_distance(of_real, features_of(train.x[:n]))
     return compare(of_real, features_of(fake)) | floor | {"classifier_accuracy": classifier.accuracy(data, split, n)}
 
@@ -101,15 +102,18 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of the Gaussians fitted to two sets of features (N, F), (M, F).
 
     Dowson & Landau 1982; Heusel et al. 2017. Covariances with n - 1. With C = R'R from a QR decomposition of the centred
-    features, tr (C_a C_b)^(1/2) is the sum of the singular values of R_a R_b': no root of a matrix, nothing to clip.
+    features and R_a R_b' = U S V', the trace is |R_a' U - R_b' V|^2: a sum of squares, which rounding cannot make negative,
+    and small distances do not cancel.
     Raises VAEError for fewer than two points.
     """
     if min(len(a), len(b)) < 2:
         raise VAEError("The Frechet distance needs at least two points on each side.")
     a, b = wide(a), wide(b)
     (mean_a, root_a), (mean_b, root_b) = _moments(a), _moments(b)
-    cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
-    return ((mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross).item()
+    rows = max(len(root_a), len(root_b))
+    root_a, root_b = (F.pad(root, (0, 0, 0, rows - len(root))) for root in (root_a, root_b))
+    left, _, right = torch.linalg.svd(root_a @ root_b.T)
+    return ((mean_a - mean_b).square().sum() + (root_a.T @ left - root_b.T @ right.T).square().sum()).item()
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +161,7 @@ def _distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 
 def inception_fid(real: Tensor, fake: Tensor, at_a_time: int = 100) -> dict[str, float]:
-    """fid_inception_nN of images (N, C, H, W) in [0, 1], grey ones as RGB, by torchmetrics (Heusel et al. 2017).
+    """fid_inception_nN of images (N, C, H, W), cut to [0, 1], grey ones as RGB, by torchmetrics (Heusel et al. 2017).
 
     Raises VAEError where the Inception weights can't be had.
     """
@@ -171,7 +175,7 @@ def inception_fid(real: Tensor, fake: Tensor, at_a_time: int = 100) -> dict[str,
             "frechet_distance on the classifier's features needs neither."
         ) from error
     for images, is_real in ((real, True), (fake, False)):
-        for part in images.split(at_a_time):
+        for part in images.clamp(0, 1).split(at_a_time):  # beyond, torchmetrics' bytes wrap round
             metric.update(part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part, real=is_real)
     return {f"fid_inception_n{len(real)}": metric.compute().item()}
 

@@ -37,7 +37,7 @@ def examples_of(run: LoadedRun) -> Examples:
     except Exception as error:  # a moved folder, a missing download, a data set of one's own: the model is still here
         why = str(error).rstrip(".") if isinstance(error, VAEError) else f"{type(error).__name__}: {error}"
         y = torch.arange(DREAMED) % classes if classes else None
-        x = run.sample(DREAMED, y=y).clamp(0, 1)
+        x = run.sample(DREAMED, y=y)
         return Examples(
             x, y, _colours(y), f"{DREAMED} images drawn from the model, since its data are not there ({why})"
         )

@@ -144,10 +144,11 @@ def gradient_ratio(reconstruction: Tensor, adversarial: Tensor, layer: Tensor) -
 class Adversarial(Objective):
     """distortion + beta rate + lambda G, with G how badly reconstructions pass for real patches; Rombach et al. 2022.
 
-    A discriminator tells the images of the batch from their reconstructions, the likelihood's mean images, both in [0, 1];
-    of an autoregressive decoder a pixel's mean is that given the real ones before it. One backward pass trains both from
-    one pass through the model (the published code takes turns): G sees the discriminator's parameters detached, the
-    discriminator's loss sees the reconstructions detached, and its value is left out of "loss", which is the VAE's alone.
+    A discriminator tells the images of the batch, in [0, 1], from their reconstructions, the likelihood's mean images, which
+    are not cut to it; of an autoregressive decoder a pixel's mean is that given the real ones before it. One backward pass
+    trains both from one pass through the model (the published code takes turns): G sees the discriminator's parameters
+    detached, the discriminator's loss sees the reconstructions detached, and its value is left out of "loss", which is the
+    VAE's alone.
 
     gan: "hinge" or "non_saturating", see `discriminator_loss` and `generator_loss`. G is a mean over images and patches,
     whereas distortion and rate are sums over sub-pixels and latents, in nats per image.

@@ -7,11 +7,15 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
+
+LABELLED = 32  # bars that have room for a number each
 
 
 def grid(images: Tensor, columns: int, padding: int = 1) -> Tensor:
@@ -44,6 +48,19 @@ def draw(figure: Figure) -> Tensor:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1).float() / 255
+
+
+def kl_bars_on(axes: Axes, kl: Tensor, of: str) -> None:
+    """Bars of KL (n,) in nats, largest first, each above its own number; more than LABELLED are counted by their rank."""
+    values, order = kl.cpu().sort(descending=True, stable=True)
+    axes.bar(range(1, len(values) + 1), values.numpy(), color="#3b6ea8")
+    if len(values) <= LABELLED:
+        axes.set_xticks(range(1, len(values) + 1), [str(i) for i in order.tolist()])
+        axes.tick_params("x", labelsize=7 if len(values) > LABELLED // 2 else 9)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    xlabel = f"{of}, largest KL first" if len(values) <= LABELLED else f"rank of the {of} by KL"
+    axes.set(xlabel=xlabel, ylabel="KL (nats)", title=f"rate {float(values.sum()):.2f} nats")
 
 
 def to_png(picture: Tensor) -> Image.Image:

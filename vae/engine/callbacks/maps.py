@@ -8,10 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from vae.engine.callbacks.drawing import as_rgb, draw, grid
+from vae.engine.callbacks.drawing import as_rgb, draw, grid, kl_bars_on
 from vae.model import VAE
 
 MOST_CHANNELS = 16  # in a picture
@@ -42,10 +41,7 @@ def kl_maps(kl: Tensor, latent_shape: tuple[int, ...]) -> Tensor:
     figure = Figure(figsize=(6, 2.6 + below), dpi=120)
     part = below / (2.6 + below)
     axes = figure.add_axes((0.12, part + 0.22 * (1 - part), 0.85, 0.63 * (1 - part)))
-    values = by_channel[order].cpu().numpy()
-    axes.bar(np.arange(len(values)), values, color="#3b6ea8")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="channel, by KL", ylabel="KL (nats)", title=f"rate {values.sum():.2f} nats")
+    kl_bars_on(axes, by_channel, "channel")
     place = figure.add_axes((0, 0, 1, part))
     for i, channel in enumerate(shown):
         top = (i // columns) * (height + 2 * int(gap)) + 2 * int(gap)

@@ -14,10 +14,9 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from vae.engine.callbacks.drawing import as_rgb, draw, grid, to_png
+from vae.engine.callbacks.drawing import as_rgb, draw, grid, kl_bars_on, to_png
 from vae.engine.callbacks.maps import channel_traversals, kl_maps, latent_maps
 from vae.engine.loggers import log_picture
 from vae.engine.module import VAEModule, is_ending
@@ -67,14 +66,10 @@ def latent_grid(vae: VAE, columns: int = 20, y: Tensor | None = None) -> Tensor:
     return grid(vae.mean_image(plane, None if y is None else y[:1].expand(len(plane))), columns, padding=0)
 
 
-def kl_bars(kl: Tensor, xlabel: str = "latent dimension, by KL") -> Tensor:
-    """KL of each latent dimension in nats, largest first."""
+def kl_bars(kl: Tensor, of: str) -> Tensor:
+    """KL in nats of each of what `of` names, largest first."""
     figure = Figure(figsize=(6, 3), dpi=120)  # margins by hand: matplotlib's layout engines triple the drawing time
-    axes = figure.add_axes((0.12, 0.17, 0.85, 0.72))
-    values = kl.sort(descending=True).values.cpu().numpy()
-    axes.bar(np.arange(len(values)), values, color="#3b6ea8")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel=xlabel, ylabel="KL to the prior (nats)", title=f"rate {values.sum():.2f} nats")
+    kl_bars_on(figure.add_axes((0.12, 0.17, 0.85, 0.72)), kl, of)
     return draw(figure)
 
 
@@ -110,9 +105,10 @@ def all_pictures(module: VAEModule, examples: Any) -> dict[str, Tensor]:
     pictures = {
         "samples": samples(vae, noise, 64, labels_of_samples),
         "reconstructions": reconstructions(vae, x[:64], None if y is None else y[:64]),
-        "kl_per_dimension": kl_bars(kl, "code, by its rate" if vae.discrete else "latent dimension, by KL"),
         "latent_space": latent_space(vae.encode(x, y).mean, kl, examples.y),
     }
+    if vae.discrete or len(kl) == vae.latent_dim:  # an estimated KL is one of all dimensions together
+        pictures["kl_per_dimension"] = kl_bars(kl, "code" if vae.discrete else "latent dimension")
     if not vae.discrete:  # nothing moves along codes
         pictures["traversals"] = traversals(vae, x[:1], kl, None if y is None else y[:1])
     if vae.spatial and not vae.discrete:

@@ -14,19 +14,20 @@ from vae.evaluation.disentanglement.information import discretise, mutual_inform
 
 
 def gaussian_total_correlation(cov: np.ndarray) -> float:
-    """KL(N(0, cov) || product of its marginals) in nats, cov (D, D): half of sum log diag minus log det."""
-    return float(0.5 * (np.log(np.diag(cov)).sum() - np.linalg.slogdet(cov)[1]))
+    """KL(N(0, cov) || product of its marginals) in nats, cov (D, D): half of sum log diag minus log det, 0 where rounding
+    puts it below."""
+    return max(float(0.5 * (np.log(np.diag(cov)).sum() - np.linalg.slogdet(cov)[1])), 0.0)
 
 
 def gaussian_wasserstein_correlation(cov: np.ndarray) -> float:
     """Squared 2-Wasserstein distance of N(0, cov) from the product of its marginals, cov (D, D).
 
-    2 tr C - 2 tr (diag(C) C)^(1/2), by the eigenvalues of the similar symmetric matrix, which are not negative but for
-    rounding.
+    2 tr C - 2 tr (diag(C) C)^(1/2), by the eigenvalues of the similar symmetric matrix; neither they nor the distance are
+    negative but for rounding, which is cut off.
     """
     sd = np.sqrt(np.diag(cov))
     eigenvalues = np.linalg.eigvalsh(sd[:, None] * cov * sd)
-    return float(2 * np.trace(cov) - 2 * np.sqrt(np.maximum(eigenvalues, 0)).sum())
+    return max(float(2 * np.trace(cov) - 2 * np.sqrt(np.maximum(eigenvalues, 0)).sum()), 0.0)
 
 
 def unsupervised(
