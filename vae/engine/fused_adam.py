@@ -45,9 +45,10 @@ class QuickStep:
     @torch.no_grad()
     def _kernel(self) -> bool:
         """Take a step, unless it must be torch's own."""
-        gradients = [[p.grad for p in parameters] for _, parameters, _ in self._groups]
+        gradients: list[list[Any]] = [[p.grad for p in parameters] for _, parameters, _ in self._groups]
         if any(g is None for group in gradients for g in group):
             return False
+        self._steps.add_(1)
         for (group, parameters, states), of_group in zip(self._groups, gradients, strict=True):
             rates = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             fused_adam(parameters, of_group, states, is_decoupled(self.optimizer, group), **rates)
@@ -63,8 +64,11 @@ class QuickStep:
             (group, group["params"], [optimizer.state.get(p, {}) for p in group["params"]])
             for group in optimizer.param_groups
         ]
-        if all(_are_alike(parameters) and all(states) for _, parameters, states in self._groups):
+        all_states = [state for _, _, states in self._groups for state in states]
+        kinds = {(p.device, p.dtype) for _, parameters, _ in self._groups for p in parameters}
+        if all(all_states) and len(kinds) == 1:
             self._known = optimizer.state
+            self._steps = count_together(all_states)
 
 
 def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
@@ -87,13 +91,18 @@ def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _are_alike(parameters: list[Tensor]) -> bool:
-    return len({(p.device, p.dtype) for p in parameters}) == 1
-
-
 def is_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     """Whether the weight decay is AdamW's."""
     return type(optimizer) is torch.optim.AdamW or bool(group.get("decoupled_weight_decay"))
+
+
+@torch.no_grad()
+def count_together(states: Sequence[dict[str, Tensor]]) -> Tensor:
+    """Make the "step" of each state a view of one tensor, which is returned: one addition then counts a step of all."""
+    steps = torch.stack([state["step"] for state in states])
+    for state, view in zip(states, steps.unbind(), strict=True):
+        state["step"] = view
+    return steps
 
 
 def fused_adam(
@@ -107,16 +116,17 @@ def fused_adam(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """The kernel that torch.optim.Adam and AdamW call where fused=True, on parameters of one device and type. In place."""
+    """The kernel that torch.optim.Adam and AdamW call where fused=True, on parameters of one device and type. In place.
+
+    Each state's "step" already counts this step.
+    """
     kernel: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    steps = [state["step"] for state in states]
-    torch._foreach_add_(steps, 1)
     kernel(
         parameters,
         gradients,
         *([state[name] for state in states] for name in MOMENTS),
         [],
-        steps,
+        [state["step"] for state in states],
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],

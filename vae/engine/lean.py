@@ -109,6 +109,9 @@ class LeanLoop(_TrainingEpochLoop):
             _leave_to_lightning(str(error))
         self._optimizer = QuickStep(trainer.optimizers[0])
         self._scheduled = bool(trainer.strategy.lr_scheduler_configs)
+        self._moves = trainer.strategy.root_device.type != "cpu"
+        plain = type(trainer.precision_plugin) is Precision
+        self._precision = contextlib.nullcontext if plain else trainer.precision_plugin.train_step_context
         self._sharing = ranks.sharing if trainer.world_size > 1 else contextlib.nullcontext
         self._hooks = {}
         for name in self.HOOKS:
@@ -148,7 +151,8 @@ class LeanLoop(_TrainingEpochLoop):
         if not self._plain or self.restarting:
             super().advance(data_fetcher)
             return
-        self.val_loop.restarting = False
+        if self.val_loop.restarting:  # to set it looks through all loops
+            self.val_loop.restarting = False
         batch, _, _ = next(data_fetcher)
         self.take(batch, data_fetcher.done)
 
@@ -158,7 +162,8 @@ class LeanLoop(_TrainingEpochLoop):
         module, data, connector = trainer.lightning_module, trainer.datamodule, trainer._logger_connector
         number = self.batch_idx + 1
         progress.is_last_batch = is_last
-        batch = data.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
+        if self._moves:
+            batch = data.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
         batch = data.on_after_batch_transfer(batch, 0)
         progress.increment_ready()
         connector._first_loop_iter = connector._first_loop_iter is None
@@ -192,7 +197,6 @@ class LeanLoop(_TrainingEpochLoop):
             not self._plain
             or self._scheduled
             or self._skip_next_val
-            or self.batch_progress.is_last_batch
             or trainer.should_stop
             or trainer.received_sigterm
             or self._may_validate(0)
@@ -216,7 +220,7 @@ class LeanLoop(_TrainingEpochLoop):
         optimizer, progress = trainer.optimizers[0], self.automatic_optimization.optim_progress.optimizer
         progress.step.increment_ready()
         module._current_fx_name = "training_step"
-        with trainer.precision_plugin.train_step_context(), self._sharing():
+        with self._precision(), self._sharing():
             loss = module.training_step(batch, number)
         self._call("on_before_zero_grad", optimizer)
         progress.zero_grad.increment_ready()

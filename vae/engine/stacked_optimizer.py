@@ -100,6 +100,7 @@ class StackedOptimizer:
                 self._decay(parameters, gradients, rates, decoupled)
             targets, options = [torch.zeros_like(p) for p in parameters], {"lr": 1.0, "weight_decay": 0.0}
         state = [self.state[place] for place in places]
+        torch._foreach_add_([s["step"] for s in state], 1)
         fused_adam(targets, gradients, state, decoupled, betas=rates["betas"], eps=rates["eps"], **options)
         if not one_rate:
             for parameter, update in zip(parameters, targets, strict=True):
