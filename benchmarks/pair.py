@@ -145,7 +145,9 @@ class InTurn:
 
     def measured(self, steps: int) -> dict[str, Any]:
         """Medians over the epochs, in milliseconds a step, and of the ratios of neighbouring epochs. Ends the bare loops."""
-        bare, settled, other = (times[1:] for times in (self.bare, self.settled, self.other))  # the first epoch warms up
+        bare, settled, other = (
+            times[1:] for times in (self.bare, self.settled, self.other)
+        )  # the first epoch warms up
         ratios = sorted(o[0] / b[0] for b, o in zip(bare, other, strict=True))
         found = {
             "bare_ms": 1e3 * statistics.median(b[0] for b in bare) / steps,
