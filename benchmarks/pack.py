@@ -25,7 +25,7 @@ from vae.engine.build import SHARED, build
 from vae.engine.packing import Pack
 from vae.engine.run import train
 from vae.engine.stack import Member, Stack
-from vae.engine.trainer import build_trainer, set_threads
+from vae.engine.trainer import build_trainer, settle_process
 
 #: name -> (runs, overrides)
 SETS = {
@@ -186,8 +186,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default="")
     options = parser.parse_args()
-    set_threads(1)
-    torch.set_flush_denormal(True)
+    settle_process(1)
     found: dict[str, Any] = {}
     if GPU:
         print(json.dumps({ON_GPU: against_one(64, SETS["16 runs of 784-400-20, batch 128"][1])}, indent=1), flush=True)

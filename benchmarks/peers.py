@@ -51,12 +51,9 @@ def project(options: argparse.Namespace) -> dict[str, Any]:
 
 def bare_loop(images: Any) -> Any:
     """Takes turns with a bare loop that trains the same network on the same images."""
-    import bare
-    import torch
-    from pair import InTurn
+    from pair import BareLoop, InTurn
 
-    model, noise = bare.nets(*bare.mlp(20)), torch.Generator().manual_seed(0)
-    return InTurn(lambda: bare.epoch(model, images, BATCH, True, noise))
+    return InTurn(BareLoop("mlp", 20, images, BATCH, True))
 
 
 def ordinary(options: argparse.Namespace, workers: int) -> dict[str, Any]:

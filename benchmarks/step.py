@@ -14,10 +14,10 @@ from typing import Any
 import bare
 import pytorch_lightning as pl
 import torch
-from pair import InTurn, all_images, bare_copy, compose
+from pair import BareLoop, InTurn, all_images, bare_copy, compose
 
 from vae.engine.build import build
-from vae.engine.trainer import build_trainer, set_threads
+from vae.engine.trainer import build_trainer, settle_process
 from vae.seeding import derive, generator
 
 #: name -> (net, overrides, batch size, steps per epoch)
@@ -112,14 +112,11 @@ def compare_steps(net: str, overrides: list[str], repetitions: int, device: str)
         "trainer.num_sanity_val_steps=0",
         "callbacks.pictures.every_n_epochs=100000",
     )
-    set_threads(config.threads)
+    settle_process(config.threads)
     data, module = build(config)
-    model = bare_copy(net, module, device)
-    images = all_images(data.splits_ready().train).to(device)
-    noise = torch.Generator(device).manual_seed(0)
-    dynamic = data.binarize == "dynamic"
-
-    turns = InTurn(lambda: bare.epoch(model, images, data.batch_size, dynamic, noise))
+    images = all_images(data.splits_ready().train)
+    what = (net, module.vae.latent_dim, images, data.batch_size, data.binarize == "dynamic", device)
+    turns = InTurn(BareLoop(*what), BareLoop(*what, settled=True))
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(config, Path(folder), progress_bar=True)
         trainer.callbacks.insert(0, turns.callback())

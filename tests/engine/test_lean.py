@@ -37,7 +37,7 @@ def note(name):
     return hook
 
 
-for hook_name in set(LeanLoop.HOOKS) - {"on_train_batch_end"}:
+for hook_name in {*LeanLoop.HOOKS, "on_validation_start", "on_validation_end"} - {"on_train_batch_end"}:
     setattr(Witness, hook_name, note(hook_name))
 
 
@@ -67,10 +67,31 @@ def trained(config, folder, lean, plain=True, **options):
     return module, trainer, witness
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.5}, {"precision": "bf16-mixed"}], ids=str)
-def test_the_lean_step_is_lightnings_step(tiny, tmp_path, options):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_clip_val": 0.5},
+        {"precision": "bf16-mixed"},
+        {"val_check_interval": 0.5},
+        {"val_check_interval": 3, "check_val_every_n_epoch": None},
+        {"check_val_every_n_epoch": 2},
+        {"max_steps": 7},
+        {"limit_train_batches": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("overrides", [[], ["lr_schedule=exponential", "lr_schedule.gamma=0.5"]], ids=["", "schedule"])
+def test_the_lean_step_is_lightnings_step(tiny, tmp_path, options, overrides):
     settings = {"max_epochs": 3, "log_every_n_steps": 2, **options}
-    own, lean = (trained(tiny("data.batch_size=10"), tmp_path / str(lean), lean, **settings) for lean in (False, True))
+    config = tiny("data.batch_size=10", *overrides)
+    own, lean = (trained(config.copy(), tmp_path / str(lean), lean, **settings) for lean in (False, True))
+    loops = [trainer.fit_loop.epoch_loop.state_dict() for _, trainer, _ in (own, lean)]
+    assert loops[0] == loops[1]
+    states = [trainer.optimizers[0].state_dict() for _, trainer, _ in (own, lean)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for p, state in states[0]["state"].items():
+        assert all(torch.equal(value, states[1]["state"][p][name]) for name, value in state.items())
     for name, weight in own[0].state_dict().items():
         assert torch.equal(weight, lean[0].state_dict()[name]), name
     assert own[1].global_step == lean[1].global_step > 0
@@ -78,6 +99,19 @@ def test_the_lean_step_is_lightnings_step(tiny, tmp_path, options):
     assert own[1].callback_metrics == lean[1].callback_metrics
     assert own[1].logger.seen == lean[1].logger.seen
     assert any("witness" in metrics for _, metrics in lean[1].logger.seen)
+
+
+def test_a_schedule_that_watches_a_metric_at_each_step_steps_as_under_lightning(tiny, tmp_path, monkeypatch):
+    def optimizers(self):
+        optimizer = torch.optim.Adam(self.vae.parameters(), fused=True)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        watched = {"scheduler": plateau, "interval": "step", "monitor": "witness", "strict": False}
+        return {"optimizer": optimizer, "lr_scheduler": watched}
+
+    monkeypatch.setattr("vae.engine.module.VAEModule.configure_optimizers", optimizers)
+    own, lean = (trained(tiny("data.batch_size=10"), tmp_path / str(lean), lean) for lean in (False, True))
+    rates = [trainer.optimizers[0].param_groups[0]["lr"] for _, trainer, _ in (own, lean)]
+    assert rates[0] == rates[1] < 1e-3
 
 
 def test_what_is_not_plain_is_left_to_lightning(tiny, tmp_path):

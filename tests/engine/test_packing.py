@@ -360,11 +360,16 @@ def test_a_packed_sweep_has_its_report_each_run_its_log_and_one_that_fails_is_to
 
 
 @pytest.mark.slow
-def test_convolutions_on_a_cpu_are_left_to_joblib_and_the_rest_is_packed(tmp_path):
+def test_convolutions_and_large_networks_on_a_cpu_are_left_to_joblib_and_the_rest_is_packed(tmp_path):
     small = [option for option in SMALL if "hidden" not in option]
-    sweep = ["network=mlp,conv", "seed=0,1", "run=sweep", "hydra/launcher=packed", "hydra.launcher.n_jobs=2", *small]
-    done = command("vae.train", "-m", *sweep, cwd=tmp_path)
+    options = ["seed=0,1", "hydra/launcher=packed", "hydra.launcher.n_jobs=2", *small]
+    done = command("vae.train", "-m", "network=mlp,conv", "run=sweep", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Not packed: 2 runs have convolutions, which gain nothing from it on a CPU" in done.stdout
     assert "Packed: 2 runs are trained as one program." in done.stdout
-    assert len(list(tmp_path.glob("sweep/*/metrics.json"))) == 4
+    large = command("vae.train", "-m", "network.hidden=[6000],[16]", "run=large", *options, cwd=tmp_path)
+    assert large.returncode == 0, large.stderr
+    assert "Not packed: 2 runs have more than 400,000 weights, which gain nothing from it on a CPU" in large.stdout
+    assert "Packed: 2 runs are trained as one program." in large.stdout
+    for sweep in ("sweep", "large"):
+        assert len(list(tmp_path.glob(f"{sweep}/*/metrics.json"))) == 4

@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +78,36 @@ def test_auto_is_one_thread_and_what_was_chosen_is_recorded():
                 set_threads(wrong)
     finally:
         torch.set_num_threads(before)
+
+
+FAULTS = """
+import resource, torch
+from vae.engine.trainer import settle_process
+
+def step():
+    blocks = [torch.ones(4_000_000) for _ in range(4)]
+
+settle_process(1)
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library frees in another way")
+def test_memory_that_a_step_frees_is_the_next_ones_unless_the_user_says_otherwise():
+    def faults(**variables):
+        environment = {**os.environ, **variables}
+        found = subprocess.run(
+            [sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True
+        )
+        return int(found.stdout)
+
+    assert faults() < 100
+    assert faults(MALLOC_TRIM_THRESHOLD_="1000000", MALLOC_MMAP_THRESHOLD_="1000000") > 10_000  # of 156,250 pages
 
 
 def test_more_threads_than_the_process_may_use_are_warned_of(monkeypatch, caplog):

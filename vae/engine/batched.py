@@ -69,20 +69,33 @@ def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, x: Tensor) -> Tensor:
-    """Pixel by pixel, in nats."""
-    return F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    """Pixel by pixel, in nats, the logits of the shape of the result."""
+    return StackedCrossEntropy.apply(*torch.broadcast_tensors(logits, x))
+
+
+class StackedCrossEntropy(torch.autograd.Function):
+    """max(l, 0) - x l + log(1 + exp(-|l|)), in place where it can be: `torch.vmap` makes twice as many passes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, x)
+        out = logits.abs().neg_().exp_().add_(1).log_()
+        return out.add_(logits.clamp_min(0)).addcmul_(logits, x, value=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, x = ctx.saved_tensors
+        of_x = -logits * gradient if ctx.needs_input_grad[1] else None
+        return torch.sigmoid(logits).sub_(x).mul_(gradient), of_x
 
 
 class StackedLinear(torch.autograd.Function):
     """x (K, N, I), weight (K, O, I), bias (K, O) or None -> (K, N, O). Gradients have the layout of what they are of."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
         return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import operator
 from typing import Any
 
@@ -22,6 +23,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from vae import ranks
 from vae.engine.devices import SeveralDevices
+from vae.engine.fused_adam import QuickStep
 from vae.errors import VAEError
 
 #: Minor versions of Lightning with which LeanLoop trains to the same bits as Lightning's own loop.
@@ -89,6 +91,10 @@ class LeanLoop(_TrainingEpochLoop):
         "trainer._logger_connector.update_train_step_metrics",
         "trainer.fit_loop._skip_backward",
         "trainer.lightning_module._current_fx_name",
+        "trainer.received_sigterm",
+        "trainer.val_check_batch",
+        "_skip_next_val",
+        "_batches_that_stepped",
         "update_lr_schedulers",
     )
 
@@ -101,6 +107,11 @@ class LeanLoop(_TrainingEpochLoop):
         except AttributeError as error:
             self._plain = False
             _leave_to_lightning(str(error))
+        self._optimizer = QuickStep(trainer.optimizers[0])
+        self._scheduled = bool(trainer.strategy.lr_scheduler_configs)
+        self._moves = trainer.strategy.root_device.type != "cpu"
+        plain = type(trainer.precision_plugin) is Precision
+        self._precision = contextlib.nullcontext if plain else trainer.precision_plugin.train_step_context
         self._sharing = ranks.sharing if trainer.world_size > 1 else contextlib.nullcontext
         self._hooks = {}
         for name in self.HOOKS:
@@ -140,7 +151,8 @@ class LeanLoop(_TrainingEpochLoop):
         if not self._plain or self.restarting:
             super().advance(data_fetcher)
             return
-        self.val_loop.restarting = False
+        if self.val_loop.restarting:  # to set it looks through all loops
+            self.val_loop.restarting = False
         batch, _, _ = next(data_fetcher)
         self.take(batch, data_fetcher.done)
 
@@ -150,7 +162,8 @@ class LeanLoop(_TrainingEpochLoop):
         module, data, connector = trainer.lightning_module, trainer.datamodule, trainer._logger_connector
         number = self.batch_idx + 1
         progress.is_last_batch = is_last
-        batch = data.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
+        if self._moves:
+            batch = data.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
         batch = data.on_after_batch_transfer(batch, 0)
         progress.increment_ready()
         connector._first_loop_iter = connector._first_loop_iter is None
@@ -161,9 +174,8 @@ class LeanLoop(_TrainingEpochLoop):
         progress.increment_started()
         outputs = self._step(batch, number)
         progress.increment_processed()
-        self.update_lr_schedulers("step", update_plateau_schedulers=False)
-        if self._num_ready_batches_reached():
-            self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        if self._scheduled:
+            self._update_schedules()
         self._call("on_train_batch_end", outputs, batch, number)
         module._current_fx_name = None
         if module.logged:
@@ -173,17 +185,47 @@ class LeanLoop(_TrainingEpochLoop):
         if connector.should_update_logs or trainer.fast_dev_run:
             connector.update_train_step_metrics()
 
+    def _update_schedules(self) -> None:
+        self.update_lr_schedulers("step", update_plateau_schedulers=False)
+        if self._num_ready_batches_reached():
+            self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        """Where nothing is due after this batch, Lightning's own would only count it."""
+        trainer = self.trainer
+        if (
+            not self._plain
+            or self._scheduled
+            or self._skip_next_val
+            or trainer.should_stop
+            or trainer.received_sigterm
+            or self._may_validate(0)
+        ):
+            super().on_advance_end(data_fetcher)
+        else:
+            self._batches_that_stepped += 1
+
+    def _may_validate(self, more: int) -> bool:
+        """Whether a validation may be due once so many more batches are taken, the end of the epoch left out."""
+        trainer = self.trainer
+        taken = (self.total_batch_idx if trainer.check_val_every_n_epoch is None else self.batch_idx) + 1 + more
+        return (
+            getattr(trainer, "_val_check_time_interval", None) is not None  # Lightning 2.6 and later
+            or trainer.val_check_batch == math.inf
+            or taken % trainer.val_check_batch == 0
+        )
+
     def _step(self, batch: Any, number: int) -> dict[str, Any]:
         trainer, module = self.trainer, self.trainer.lightning_module
         optimizer, progress = trainer.optimizers[0], self.automatic_optimization.optim_progress.optimizer
         progress.step.increment_ready()
         module._current_fx_name = "training_step"
-        with trainer.precision_plugin.train_step_context(), self._sharing():
+        with self._precision(), self._sharing():
             loss = module.training_step(batch, number)
         self._call("on_before_zero_grad", optimizer)
         progress.zero_grad.increment_ready()
         progress.zero_grad.increment_started()
-        optimizer.zero_grad()
+        self._optimizer.zero_grad()
         progress.zero_grad.increment_completed()
         self._call("on_before_backward", loss)
         loss.backward()
@@ -192,7 +234,7 @@ class LeanLoop(_TrainingEpochLoop):
         self._call("on_before_optimizer_step", optimizer)
         if trainer.gradient_clip_val is not None:
             module.clip_gradients(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-        optimizer.step()
+        self._optimizer.step()
         progress.step.increment_completed()
         return {"loss": loss.detach()}
 

@@ -23,17 +23,20 @@ from vae.engine.turns import require_greenlet
 from vae.errors import VAEError, whole
 
 #: What `hydra/launcher=packed` stands for. most: runs as one program at most, fewer where the memory holds fewer; n_jobs: of
-#: joblib, which takes convolutions on a CPU, as many as there are cores with -1.
+#: joblib, which takes convolutions and large networks on a CPU, as many as there are cores with -1.
 PLACE = f"{joblib_launcher.__name__}.PackedLauncher"
 OPTIONS = {"_target_": PLACE, "most": 64, "n_jobs": -1}
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=OPTIONS, provider="vae")
+
+#: A step of more is arithmetic, not overhead, and the weights of one run alone stay in a core's cache.
+MOST_WEIGHTS = 400_000
 
 #: Groups of settings whose numbers runs of one pack may differ in; `vae.engine.structure.signature` looks closer.
 NUMBERS = ("objective", "regularizer", "optimizer", "lr_schedule")
 
 
 class Packed(Launcher):
-    """Trains what can be as one program, convolutions on a CPU by joblib, and all else one after another.
+    """Trains what can be as one program, convolutions and large networks on a CPU by joblib, and all else one after another.
 
     most: runs as one program at most; the other options are joblib's.
     """
@@ -64,19 +67,21 @@ class Packed(Launcher):
         done: dict[int, JobReturn] = {}
         shared = SHARED.set({})
         try:
-            convolutional = [n for group in groups.values() if self._is_slow(configs[group[0]]) for n in group]
-            if convolutional:
+            why = {group[0]: self._why_slow(configs[group[0]]) for group in groups.values()}
+            beside = [n for group in groups.values() if why[group[0]] for n in group]
+            for reason in sorted({reason for reason in why.values() if reason}):
+                count = sum(len(group) for group in groups.values() if why[group[0]] == reason)
                 log.warning(
-                    f"Not packed: {len(convolutional)} runs have convolutions, which gain nothing from it on a CPU: joblib "
-                    "runs them side by side."
+                    f"Not packed: {count} runs have {reason}, which gain nothing from it on a CPU: joblib runs them side "
+                    "by side."
                 )
-            packs = [group for group in groups.values() if group[0] not in convolutional]
+            packs = [group for group in groups.values() if not why[group[0]]]
             for group in packs:
                 for numbers in (group[first : first + self.most] for first in range(0, len(group), self.most)):
                     done |= self._pack(numbers, configs)
         finally:
             SHARED.reset(shared)
-        for numbers in stretches(convolutional):
+        for numbers in stretches(beside):
             done |= dict(zip(numbers, super().launch([jobs[n] for n in numbers], numbers[0]), strict=True))
         return [done[number] for number in jobs]
 
@@ -108,20 +113,23 @@ class Packed(Launcher):
             job_subdir_key="hydra.sweep.subdir",
         )
 
-    def _is_slow(self, config: DictConfig) -> bool:
-        """Whether runs of this kind have convolutions, on a CPU."""
+    def _why_slow(self, config: DictConfig) -> str:
+        """What runs of this kind have that makes them no faster together, on a CPU; or nothing."""
         import torch
 
         from vae.engine.build import build
 
         on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
         if config.trainer.accelerator != "cpu" and on_gpu:
-            return False
+            return ""
         try:
             _, module = build(config, start=False)
         except VAEError:  # each run will say so by itself
-            return False
-        return any(isinstance(part, torch.nn.modules.conv._ConvNd) for part in module.modules())
+            return ""
+        if any(isinstance(part, torch.nn.modules.conv._ConvNd) for part in module.modules()):
+            return "convolutions"
+        weights = sum(p.numel() for p in module.vae.parameters())
+        return f"more than {MOST_WEIGHTS:,} weights" if weights > MOST_WEIGHTS else ""
 
 
 def kind(config: DictConfig) -> str:

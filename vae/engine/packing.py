@@ -110,7 +110,6 @@ class PackedLoop(LeanLoop):
         trainer: Any = self.trainer
         taken = len(found)
         steps = trainer.lightning_module.steps + taken
-        batches = (self.total_batch_idx if trainer.check_val_every_n_epoch is None else self.batch_idx) + 1 + taken
         every = [trainer.log_every_n_steps, *(c.every_n_steps for c in trainer.callbacks if _is_interruptible(c))]
         size = found[0][0].x.numel() * found[0][0].x.element_size()
         return (
@@ -118,9 +117,8 @@ class PackedLoop(LeanLoop):
             or taken >= (self._most or 1)
             or taken * size >= MOST_BYTES
             or 0 <= trainer.max_steps <= trainer.global_step + taken
-            or batches % trainer.val_check_batch == 0
+            or self._may_validate(taken)
             or self.batch_idx + 1 + taken >= trainer.num_training_batches
-            or trainer._val_check_time_interval is not None
             or self._each_step
         )
 
@@ -183,9 +181,7 @@ class PackedLoop(LeanLoop):
         """What follows the last of the steps that were taken together."""
         trainer: Any = self.trainer
         connector, number = trainer._logger_connector, self.batch_idx
-        self.update_lr_schedulers("step", update_plateau_schedulers=False)
-        if self._num_ready_batches_reached():
-            self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
+        self._update_schedules()
         self._call("on_train_batch_end", {"loss": self._loss}, batch, number)
         trainer.lightning_module._current_fx_name = None
         if trainer.lightning_module.logged:

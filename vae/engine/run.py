@@ -46,9 +46,9 @@ from vae.engine.trainer import (
     backend,
     build_trainer,
     device_count,
-    flush_denormals,
     quiet_lightning,
     set_threads,
+    settle_process,
     trainer_options,
     warn_of_unreached_weight,
 )
@@ -87,8 +87,7 @@ def train(
     config = OmegaConf.create(settled)
     options = trainer_options(config)
     require_packages(config)
-    set_threads(config.threads)
-    flush_denormals()
+    settle_process(config.threads)
     with only_process(folder):
         last = folder / "checkpoints" / "last.ckpt"
         going_on = resume is True and holds_training(folder)
@@ -171,8 +170,7 @@ def _say_what_had_no_effect(folder: Path, changed: dict[str, tuple[Any, Any]]) -
 def accompany(config: DictConfig, folder: Path, checkpoint: Path | None, ranks: Crew) -> None:
     """What a rank above 0 does of `train`: all but write."""
     quiet_lightning()
-    set_threads(config.threads)
-    flush_denormals()
+    settle_process(config.threads)
     ranks.wait("rank 0 has its data")  # which it may have had to download
     _fit_and_test(config, folder, [], checkpoint, False, ranks=ranks)
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vae.engine.fused_adam import MOMENTS, VARIANTS, fused_adam, is_decoupled
+
 if TYPE_CHECKING:
     from vae.engine.stack import Member
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 #: Options of a parameter group that runs of one stack may differ in.
 RATES = ("lr", "initial_lr", "weight_decay")
-#: Variants that are left to each run's own optimiser.
-VARIANTS = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
 class StackedOptimizer:
@@ -92,9 +91,7 @@ class StackedOptimizer:
     def _adam(self, places: list[int], gradients: list[Any], rates: dict[str, Any]) -> None:
         parameters = [self.stack[place] for place in places]
         lr, decay = ([*dict.fromkeys(rates[name])] for name in RATES[::2])
-        decoupled = type(self.optimizers[0]) is torch.optim.AdamW or bool(
-            self.optimizers[0].param_groups[self.groups[places[0]]].get("decoupled_weight_decay")
-        )
+        decoupled = is_decoupled(self.optimizers[0], self.optimizers[0].param_groups[self.groups[places[0]]])
         one_rate = len(lr) == len(decay) == 1
         if one_rate:
             targets, options = parameters, {"lr": lr[0], "weight_decay": decay[0]}
@@ -103,23 +100,8 @@ class StackedOptimizer:
                 self._decay(parameters, gradients, rates, decoupled)
             targets, options = [torch.zeros_like(p) for p in parameters], {"lr": 1.0, "weight_decay": 0.0}
         state = [self.state[place] for place in places]
-        fused: Any = torch._fused_adamw_ if decoupled else torch._fused_adam_
         torch._foreach_add_([s["step"] for s in state], 1)
-        fused(
-            targets,
-            gradients,
-            *([s[name] for s in state] for name in MOMENTS),
-            [],
-            [s["step"] for s in state],
-            beta1=rates["betas"][0],
-            beta2=rates["betas"][1],
-            eps=rates["eps"],
-            amsgrad=False,
-            maximize=False,
-            grad_scale=None,
-            found_inf=None,
-            **options,
-        )
+        fused_adam(targets, gradients, state, decoupled, betas=rates["betas"], eps=rates["eps"], **options)
         if not one_rate:
             for parameter, update in zip(parameters, targets, strict=True):
                 parameter.addcmul_(update, self._of_runs(rates["lr"], parameter))
