@@ -30,9 +30,14 @@ class Batched(TorchFunctionMode):
         if function is LINEAR and not options and not torch.is_autocast_enabled(arguments[0].device.type):
             bias = arguments[2] if len(arguments) == 3 else None
             return lowered(stacked_linear, *arguments[:2], bias) if LOWERS else Linear.apply(*arguments[:2], bias)
-        if function is CROSS_ENTROPY and options == {"reduction": "none"} and len(arguments) == 2:
+        if function is CROSS_ENTROPY and len(arguments) == 2 and _set(options) == {"reduction": "none"}:
             return lowered(cross_entropy, *arguments) if LOWERS else CrossEntropy.apply(*arguments)
         return function(*arguments, **(options or {}))
+
+
+def _set(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Those that are not None, as torch passes the ones that nobody gave."""
+    return {name: value for name, value in (options or {}).items() if value is not None}
 
 
 def lowered(function: Any, *tensors: Tensor | None) -> Tensor:

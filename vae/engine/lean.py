@@ -91,8 +91,6 @@ class LeanLoop(_TrainingEpochLoop):
         "trainer._logger_connector.update_train_step_metrics",
         "trainer.fit_loop._skip_backward",
         "trainer.lightning_module._current_fx_name",
-        "trainer.received_sigterm",
-        "trainer.val_check_batch",
         "_skip_next_val",
         "_batches_that_stepped",
         "update_lr_schedulers",

@@ -29,7 +29,7 @@ OPTIONS = {"_target_": PLACE, "most": 64, "n_jobs": -1}
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=OPTIONS, provider="vae")
 
 #: A step of more is arithmetic, not overhead, and the weights of one run alone stay in a core's cache.
-MOST_WEIGHTS = 400_000
+MOST_WEIGHTS = 800_000
 
 #: Groups of settings whose numbers runs of one pack may differ in; `vae.engine.structure.signature` looks closer.
 NUMBERS = ("objective", "regularizer", "optimizer", "lr_schedule")
