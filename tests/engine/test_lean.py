@@ -101,6 +101,7 @@ def test_the_lean_step_is_lightnings_step(tiny, tmp_path, options, overrides):
     assert any("witness" in metrics for _, metrics in lean[1].logger.seen)
 
 
+@pytest.mark.filterwarnings("ignore:ReduceLROnPlateau conditioned")
 def test_a_schedule_that_watches_a_metric_at_each_step_steps_as_under_lightning(tiny, tmp_path, monkeypatch):
     def optimizers(self):
         optimizer = torch.optim.Adam(self.vae.parameters(), fused=True)
