@@ -89,9 +89,7 @@ def _serve(
     settled: bool,
     threads: int,
 ) -> None:
-    if settled:
-        settle_process(threads)
-    torch.set_num_threads(threads)
+    (settle_process if settled else torch.set_num_threads)(threads)
     model, images = bare.nets(*getattr(bare, net)(latent_dim), device), images.to(device)
     noise = torch.Generator(device).manual_seed(0)
     with contextlib.suppress(EOFError):
@@ -145,9 +143,8 @@ class InTurn:
 
     def measured(self, steps: int) -> dict[str, Any]:
         """Medians over the epochs, in milliseconds a step, and of the ratios of neighbouring epochs. Ends the bare loops."""
-        bare, settled, other = (
-            times[1:] for times in (self.bare, self.settled, self.other)
-        )  # the first epoch warms up
+        # the first epoch warms up
+        bare, settled, other = (times[1:] for times in (self.bare, self.settled, self.other))
         ratios = sorted(o[0] / b[0] for b, o in zip(bare, other, strict=True))
         found = {
             "bare_ms": 1e3 * statistics.median(b[0] for b in bare) / steps,

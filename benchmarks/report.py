@@ -33,7 +33,7 @@ def tables(results: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[
             "project, ms",
             "ratio",
             "ratio of CPU time",
-            "to a bare loop whose process is settled alike",
+            "of CPU time, to a bare loop whose process is settled alike",
             "val/elbo gained, nats",
         ]
         yield "A training step", heads, rows

@@ -129,12 +129,19 @@ def test_whoever_listens_to_steps_is_called_at_each():
     nets, optimizers = pair()
     heard = []
     optimizers[1].register_step_post_hook(lambda *_: heard.append(1))
-    for number in range(3):
-        take(nets[1], QuickStep(optimizers[1]), number)
     quick = QuickStep(optimizers[1])
     for number in range(3):
         take(nets[1], quick, number)
-    assert len(heard) == 6
+    assert heard == [1, 1, 1]
+
+    everywhere = torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: heard.append(3))
+    try:
+        quick = QuickStep(optimizers[0])
+        for number in range(3):
+            take(nets[0], quick, number)
+    finally:
+        everywhere.remove()
+    assert heard[3:] == [3, 3, 3]
 
     nets, (own, _) = pair()
     own.step = lambda *_: (heard.append(2), type(own).step(own))
@@ -142,6 +149,25 @@ def test_whoever_listens_to_steps_is_called_at_each():
     for number in range(3):
         take(nets[0], quick, number)
     assert heard[6:] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("change", ["a group joins", "someone listens"])
+def test_what_changes_between_two_steps_is_seen_at_the_next(change):
+    nets, optimizers = pair()
+    steps, heard = [optimizers[0], QuickStep(optimizers[1])], []
+    for number in range(4):
+        for net, optimizer, step in zip(nets, optimizers, steps, strict=True):
+            if number == 2 and change == "a group joins":
+                net.add_module("last", nn.Linear(3, 3))
+                with torch.no_grad():
+                    net.last.weight.fill_(0.1)
+                    net.last.bias.zero_()
+                optimizer.add_param_group({"params": net.last.parameters()})
+            elif number == 2:
+                optimizer.register_step_pre_hook(lambda *_: heard.append(1))
+            take(net, step, number)
+    assert same(nets, optimizers)
+    assert len(heard) == (4 if change == "someone listens" else 0)
 
 
 def test_a_state_of_one_count_is_saved_and_loaded_as_it_is(tmp_path):

@@ -27,8 +27,18 @@ class QuickStep:
         self._seen: Any = None  # the state that was last looked at; a checkpoint brings another
         self._known: Any = None  # the state that `_groups` are of, if its steps can be taken here
 
+    def _is_known(self) -> bool:
+        """Whether the optimiser is still what was looked at: no other state, no group that joined, nobody who listens."""
+        optimizer = self.optimizer
+        return (
+            self._known is optimizer.state
+            and len(self._groups) == len(optimizer.param_groups)
+            and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+            and not (of_torch._global_optimizer_pre_hooks or of_torch._global_optimizer_post_hooks)
+        )
+
     def zero_grad(self) -> None:
-        if self._known is not self.optimizer.state:
+        if not self._is_known():
             self.optimizer.zero_grad()
             return
         for _, parameters, _ in self._groups:
@@ -36,7 +46,7 @@ class QuickStep:
                 parameter.grad = None
 
     def step(self) -> None:
-        if self._known is self.optimizer.state and self._kernel():
+        if self._is_known() and self._kernel():
             return
         self.optimizer.step()
         if self._seen is not self.optimizer.state:
@@ -72,17 +82,10 @@ class QuickStep:
 
 
 def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is torch's own fused Adam or AdamW in its plain form, and nothing is to be called before or after a step."""
-    hooks = (
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-        of_torch._global_optimizer_pre_hooks,
-        of_torch._global_optimizer_post_hooks,
-    )
+    """Whether it is torch's own fused Adam or AdamW in its plain form."""
     own = vars(optimizer).get("step")  # put there by torch's schedules, which count the steps, or by someone else
     return (
         type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
-        and not any(hooks)
         and (own is None or hasattr(own, "_wrapped_by_lr_sched"))
         and all(
             group["fused"] and isinstance(group["lr"], float) and not any(group.get(name) for name in VARIANTS)

@@ -105,11 +105,9 @@ class LeanLoop(_TrainingEpochLoop):
         except AttributeError as error:
             self._plain = False
             _leave_to_lightning(str(error))
-        self._optimizer = QuickStep(trainer.optimizers[0])
+        if self._plain:
+            self._optimizer = QuickStep(trainer.optimizers[0])
         self._scheduled = bool(trainer.strategy.lr_scheduler_configs)
-        self._moves = trainer.strategy.root_device.type != "cpu"
-        plain = type(trainer.precision_plugin) is Precision
-        self._precision = contextlib.nullcontext if plain else trainer.precision_plugin.train_step_context
         self._sharing = ranks.sharing if trainer.world_size > 1 else contextlib.nullcontext
         self._hooks = {}
         for name in self.HOOKS:
@@ -160,8 +158,7 @@ class LeanLoop(_TrainingEpochLoop):
         module, data, connector = trainer.lightning_module, trainer.datamodule, trainer._logger_connector
         number = self.batch_idx + 1
         progress.is_last_batch = is_last
-        if self._moves:
-            batch = data.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
+        batch = data.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
         batch = data.on_after_batch_transfer(batch, 0)
         progress.increment_ready()
         connector._first_loop_iter = connector._first_loop_iter is None
@@ -218,7 +215,7 @@ class LeanLoop(_TrainingEpochLoop):
         optimizer, progress = trainer.optimizers[0], self.automatic_optimization.optim_progress.optimizer
         progress.step.increment_ready()
         module._current_fx_name = "training_step"
-        with self._precision(), self._sharing():
+        with trainer.precision_plugin.train_step_context(), self._sharing():
             loss = module.training_step(batch, number)
         self._call("on_before_zero_grad", optimizer)
         progress.zero_grad.increment_ready()

