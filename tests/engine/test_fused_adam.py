@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from vae.engine.fused_adam import QuickStep
 
@@ -134,7 +135,7 @@ def test_whoever_listens_to_steps_is_called_at_each():
         take(nets[1], quick, number)
     assert heard == [1, 1, 1]
 
-    everywhere = torch.optim.optimizer.register_optimizer_step_pre_hook(lambda *_: heard.append(3))
+    everywhere = register_optimizer_step_pre_hook(lambda *_: heard.append(3))
     try:
         quick = QuickStep(optimizers[0])
         for number in range(3):
