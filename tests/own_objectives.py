@@ -1,5 +1,6 @@
-"""Objectives of one's own that say they can be packed, and cannot."""
+"""Objectives of one's own that say they can be packed, and cannot; and a callback of one's own."""
 
+import pytorch_lightning as pl
 import torch
 
 from vae.objectives.elbo import BetaVAE
@@ -46,6 +47,22 @@ class HidesNumbers(BetaVAE):
         return {**terms, "loss": terms["loss"] * self.hidden.factor}
 
 
+class BranchesOnTheStep(BetaVAE):
+    """Another loss from the fourth step on."""
+
+    def of_pass(self, out, step):
+        terms = super().of_pass(out, step)
+        return {**terms, "loss": terms["loss"] * (3.0 if step >= 3 else 1.0)}
+
+
+class NamesTheStep(BranchesOnTheStep):
+    """The same, without a comparison."""
+
+    def of_pass(self, out, step):
+        terms = BetaVAE.of_pass(self, out, step)
+        return {**terms, "loss": terms["loss"] * {3: 3.0, 4: 2.0}.get(step, 1.0)}
+
+
 class HooksTheLoss(BetaVAE):
     """A gradient that is changed on its way."""
 
@@ -55,3 +72,17 @@ class HooksTheLoss(BetaVAE):
         if z.requires_grad:
             z.register_hook(lambda gradient: 3 * gradient)
         return self.of_pass(vae.measure(batch.x, posterior, z, batch.y), step)
+
+
+class Looks(pl.Callback):
+    """A callback of one's own, which is given each batch after the step on it."""
+
+    def __init__(self):
+        self.seen = SEEN.setdefault(len(SEEN), [])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, number):
+        self.seen.append((module.steps, batch.x, float(outputs["loss"])))
+        module.log("own/pixels", batch.x.mean())
+
+
+SEEN = {}

@@ -8,15 +8,22 @@ import itertools
 import json
 import logging
 
+import own_objectives
 import pytest
 import torch
 from commands import run as command
 
-from vae.engine import packing, turns
+from vae.engine import packing, traced, turns
 from vae.engine.packing import Pack
 from vae.engine.run import train
 from vae.engine.stack import Stack
 from vae.errors import VAEError
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Let later steps of these short runs be taken as those of long ones are."""
+    monkeypatch.setattr(traced, "TRACED_AFTER", 3)
 
 
 @pytest.fixture
@@ -112,6 +119,36 @@ def test_packed_runs_leave_what_they_leave_alone(tiny, tmp_path, float64, caplog
     for number, (ours, theirs) in enumerate(zip(together, alone(configs, tmp_path / "alone"), strict=True)):
         assert ours["test/elbo"] == pytest.approx(theirs["test/elbo"], rel=1e-9)
         assert_alike(*(tmp_path / name / str(number) for name in ("packed", "alone")))
+
+
+def test_a_callback_of_ones_own_sees_the_batches_that_it_sees_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_objectives, "SEEN", {})
+    own = [
+        "callbacks=minimal",
+        "+callbacks.looks._target_=own_objectives.Looks",
+        "data.binarize=dynamic",
+        "trainer.max_epochs=3",
+        "logger=none",
+    ]
+    configs = [tiny(*own, f"seed={n}") for n in range(2)]
+    packed(configs, tmp_path / "packed")
+    alone(configs, tmp_path / "alone")
+    found = list(own_objectives.SEEN.values())
+    assert len(found) == 4 and len(found[0]) > 3
+    for together, by_itself in zip(found[:2], found[2:], strict=True):
+        for (step, x, loss), (number, pixels, value) in zip(together, by_itself, strict=True):
+            assert step == number
+            assert torch.equal(x, pixels)
+            assert loss == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_packed_runs_in_bf16_end_as_alone(tiny, tmp_path):
+    options = ["trainer.precision=bf16-mixed", "trainer.max_epochs=5", "data.batch_size=16", "logger=none"]
+    configs = [tiny(*options, "objective/schedule=linear", "objective.schedule.steps=9", f"seed={n}") for n in range(2)]
+    together, apart = packed(configs, tmp_path / "packed"), alone(configs, tmp_path / "alone")
+    for ours, theirs in zip(together, apart, strict=True):
+        assert ours["test/elbo"] == pytest.approx(theirs["test/elbo"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -139,6 +139,29 @@ class Batch(NamedTuple):
     seed: int
     partner: Tensor | None = None
 
+    @property
+    def size(self) -> int:
+        return len(self.x)
+
+
+@dataclass
+class Unread:
+    """A batch that is still to be gathered, so that those of several runs can be at once."""
+
+    images: ImageSet
+    index: Tensor  # int64 (B,)
+    seed: int
+
+    @property
+    def size(self) -> int:
+        return len(self.index)
+
+    def read(self) -> Batch:
+        return Batch(*self.images.gather(self.index), self.seed)
+
+
+Loaded = Batch | Unread
+
 
 # --- what is taken for images and labels ------------------------------------------------------------------------------
 

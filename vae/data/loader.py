@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vae import ranks
-from vae.data.images import Batch, ImageSet
+from vae.data.images import Batch, ImageSet, Loaded, Unread
 from vae.data.pairs import Partners
 from vae.seeding import derive, generator
 
@@ -75,6 +76,7 @@ class BatchLoader:
         self.images, self.sampler, self.stream, self.num_workers = images, sampler, stream, num_workers
         self.partners = partners
         self.batch_sampler = None  # Lightning looks for it wherever there is a sampler
+        self.unread = False  # whether to leave gathering to who takes the batches, where the images are in memory
         self._done = 0  # batches already taken from the current epoch
         self._skip = 0
 
@@ -86,16 +88,27 @@ class BatchLoader:
             return self.images.batches(indices, self.num_workers)
         return map(_together, self.images.batches([ranks.own(index) for index in indices], self.num_workers), indices)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Loaded]:
         skip, self._skip = self._skip, 0
         self._done = skip
         indices = list(self.sampler)[skip:]
-        for number, (x, y) in enumerate(self._read(indices), start=skip):
+        waits = self.unread and self._can_wait()
+        found: Iterator[Any] = iter(indices) if waits else self._read(indices)
+        for number, loaded in enumerate(found, start=skip):
             self._done = number + 1
             seed = derive(self.sampler.seed, self.stream, self.sampler.epoch, 0, number)
+            if waits:
+                yield Unread(self.images, loaded, seed)
+                continue
+            x, y = loaded
             partner = None if self.partners is None else self.partners(y, generator(seed, "partners"))
             yield Batch(x, y, seed, partner)
         self._done = 0
+
+    def _can_wait(self) -> bool:
+        """Whether the images are held in memory, where anyone may gather them at any time."""
+        in_memory = type(self.images).batches is ImageSet.batches and not self.images.streaming
+        return in_memory and self.partners is None and ranks.world_size() == 1
 
     def state_dict(self) -> dict[str, int]:
         return {"batches_done": self._done}

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from vae.data.images import Batch, Images, ImageSet, Rows, Splits, accepted
+from vae.data.images import Batch, Images, ImageSet, Rows, Splits, Unread, accepted
 from vae.data.loader import BatchLoader, EpochSampler
 from vae.data.pairs import partners_of
 from vae.errors import VAEError, choose, whole
@@ -212,6 +212,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """As Lightning's, which looks through any collection, but knowing what a batch holds."""
+        if isinstance(batch, Unread):
+            batch = batch.read()
         x, y, partner = (t if t is None else t.to(device, non_blocking=True) for t in (batch.x, batch.y, batch.partner))
         return batch._replace(x=x, y=y, partner=partner)
 

@@ -20,7 +20,8 @@ from pytorch_lightning.loops.fetchers import _DataFetcher
 from pytorch_lightning.plugins.precision import Precision
 from torch import Tensor
 
-from vae.data.images import Batch
+from vae.data.images import Batch, Loaded
+from vae.data.module import ImageDataModule
 from vae.engine import turns
 from vae.engine.checkpoints import Interruptible
 from vae.engine.draws import Unpackable
@@ -39,14 +40,14 @@ class Request:
     """What a run asks for: to be trained on these batches. Runs of the same `key` can be."""
 
     member: Member
-    batches: list[Batch]
+    batches: list[Loaded]
     step: int
     structure: str
     alone: str | None = None  # why it must be trained by itself, if it must
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.structure, self.step, tuple(tuple(batch.x.shape) for batch in self.batches)
+        return self.structure, self.step, tuple(batch.size for batch in self.batches)
 
 
 @dataclass
@@ -68,6 +69,9 @@ class PackedLoop(LeanLoop):
         super().on_run_start(data_fetcher)
         owners = [getattr(hook, "func", hook).__self__ for name in self.HOOKS for hook in self._hooks[name]]
         module = self.trainer.lightning_module
+        trainer: Any = self.trainer
+        if self._plain and turns.CURRENT is not None and type(trainer.datamodule) is ImageDataModule:
+            trainer.train_dataloader.unread = True
         self._each_step = any(not (_is_interruptible(owner) or owner is module) for owner in owners)
 
     def advance(self, data_fetcher: _DataFetcher) -> None:
@@ -98,20 +102,21 @@ class PackedLoop(LeanLoop):
 
     # --- before -----------------------------------------------------------------------------------------------------
 
-    def _batches(self, data_fetcher: _DataFetcher) -> list[tuple[Batch, bool]]:
+    def _batches(self, data_fetcher: _DataFetcher) -> list[tuple[Loaded, bool]]:
         """The batches up to the next step after which anything looks, and whether each is the last of the epoch."""
-        found: list[tuple[Batch, bool]] = []
+        found: list[tuple[Loaded, bool]] = []
         while not found or not (found[-1][1] or self._is_looked_at(found)):
             batch, _, _ = next(data_fetcher)
             found.append((batch, data_fetcher.done))
         return found
 
-    def _is_looked_at(self, found: Sequence[tuple[Batch, bool]]) -> bool:
+    def _is_looked_at(self, found: Sequence[tuple[Loaded, bool]]) -> bool:
         trainer: Any = self.trainer
         taken = len(found)
         steps = trainer.lightning_module.steps + taken
         every = [trainer.log_every_n_steps, *(c.every_n_steps for c in trainer.callbacks if _is_interruptible(c))]
-        size = found[0][0].x.numel() * found[0][0].x.element_size()
+        first = found[0][0]
+        size = first.x.numel() * first.x.element_size() if isinstance(first, Batch) else 0
         return (
             any(n and steps % n == 0 for n in every)
             or taken >= (self._most or 1)
@@ -155,7 +160,7 @@ class PackedLoop(LeanLoop):
 
     # --- after ------------------------------------------------------------------------------------------------------
 
-    def _count(self, batch: Batch, is_last: bool, terms: dict[str, Tensor]) -> None:
+    def _count(self, batch: Loaded, is_last: bool, terms: dict[str, Tensor]) -> None:
         """What `take` does of a step, but for training and for the hooks of an owner that does not look yet."""
         progress, optimizer = self.batch_progress, self.automatic_optimization.optim_progress.optimizer
         progress.is_last_batch = is_last
@@ -170,18 +175,20 @@ class PackedLoop(LeanLoop):
         module: Any = self.trainer.lightning_module
         connector, results = self.trainer._logger_connector, self._results
         connector._first_loop_iter = connector._first_loop_iter is None
-        results.batch, results.batch_size, results.dataloader_idx = batch, None, None
+        results.batch = results.batch_size = results.dataloader_idx = None
         module.logged = False
         module._current_fx_name = "training_step"
-        module.note(len(batch.x), terms)
+        module.note(batch.size, terms)
         self._loss = terms["loss"]
         progress.increment_completed()
 
-    def _after(self, batch: Batch) -> None:
+    def _after(self, batch: Loaded) -> None:
         """What follows the last of the steps that were taken together."""
         trainer: Any = self.trainer
         connector, number = trainer._logger_connector, self.batch_idx
         self._update_schedules()
+        if self._each_step:  # someone may look at it
+            batch = self._results.batch = self._member.prepared(batch, trainer.strategy.root_device)
         self._call("on_train_batch_end", {"loss": self._loss}, batch, number)
         trainer.lightning_module._current_fx_name = None
         if trainer.lightning_module.logged:

@@ -8,18 +8,21 @@ with the number of runs. Only what a run draws is drawn for each by itself, from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vae.data.images import Batch
+from vae.data.images import Batch, Loaded
 from vae.data.module import ImageDataModule
 from vae.engine.draws import Call, Drawn, NoSeed, Unpackable, Watched
+from vae.engine.gathering import Gatherer
 from vae.engine.stacked_optimizer import StackedOptimizer
+from vae.engine.template import Template, untouched
+from vae.engine.traced import Programs, Result
 from vae.model import VAE
 from vae.objectives.elbo import Objective
 from vae.seeding import generator, generators
@@ -43,7 +46,7 @@ class Member:
     def __post_init__(self) -> None:
         self.both = Both(self.vae, self.objective)
 
-    def prepared(self, batch: Batch, device: torch.device) -> Batch:
+    def prepared(self, batch: Loaded, device: torch.device) -> Batch:
         """A loaded batch as a training step sees it."""
         moved = self.data.transfer_batch_to_device(batch, device, 0)
         if type(self.data) is ImageDataModule:
@@ -87,13 +90,17 @@ class Stack:
             for name, _ in first.named_buffers()
         }
         self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
+        self._state = [*self.parameters.values(), *self.buffers.values()]
         self._template = Template(first, [*self.parameters, *self.buffers])
         self.optimizer = StackedOptimizer(self.members, self.trained)
         self._plans: dict[Any, list[Call]] = {}
+        self._together = Gatherer(self.members, self.device)
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in first.modules())
+        self._programs = None if hooked else Programs(self._gradients, self._state, [*self.buffers.values()])
         self._tried = False
         self._failed: Exception | None = None
 
-    def train(self, blocks: Sequence[Sequence[Batch]], step: int) -> list[dict[str, Tensor]]:
+    def train(self, blocks: Sequence[Sequence[Loaded]], step: int) -> list[dict[str, Tensor]]:
         """Train on the loaded batches of each step, one for each run; step: how many were taken before.
 
         Returns the terms of each step that was taken, (K,) each, detached: of fewer than were asked for, where one cannot
@@ -116,25 +123,24 @@ class Stack:
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
-    def _step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+    def _step(self, batches: Sequence[Loaded], step: int) -> dict[str, Tensor]:
         batch, plan = self._together(batches), self._plan(batches, step)
         noise = self._drawn(plan, [batch.seed for batch in batches])
         if not self._tried:
             with untouched(self.buffers.values()):
                 self._try(batch, batches, noise, step)
-        terms, gradients = self._gradients(batch, noise, step, observe=True)
+        result = None if self._programs is None else self._programs(batch, noise, step)
+        terms, gradients = result or self._gradients(batch, noise, step)
         self._clip(gradients)
         self.optimizer.step(gradients)
         return {name: value.detach().clone() for name, value in terms.items()}
 
-    def _gradients(
-        self, batch: Batch, noise: list[Tensor], step: int, observe: bool
-    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    def _gradients(self, batch: Batch, noise: list[Tensor], step: Any, observe: bool = True) -> Result:
         terms = self._terms(batch, noise, step, observe)
         gradients = torch.autograd.grad(terms["loss"].sum(), list(self.trained.values()), allow_unused=True)
         return terms, list(gradients)
 
-    def _terms(self, batch: Batch, noise: list[Tensor], step: int, observe: bool) -> dict[str, Tensor]:
+    def _terms(self, batch: Batch, noise: list[Tensor], step: Any, observe: bool) -> dict[str, Tensor]:
         template, plan = self.members[0], self._plans[len(batch.x[0])]
         placeholder = torch.Generator()  # never drawn from: `Drawn` answers in its place
 
@@ -145,10 +151,9 @@ class Stack:
             with Drawn(placeholder, plan, drawn), self._template.holding(state):
                 return template.both(one, placeholder, step, observe)
 
-        state = [*self.parameters.values(), *self.buffers.values()]
         dims = (0, 0, None if batch.y is None else 0, None if batch.partner is None else 0, 0)
         with template.context():
-            return torch.vmap(of_one, dims)(state, batch.x, batch.y, batch.partner, noise)
+            return torch.vmap(of_one, dims)(self._state, batch.x, batch.y, batch.partner, noise)
 
     def _clip(self, gradients: list[Tensor | None]) -> None:
         """As torch.nn.utils.clip_grad_norm_ and clip_grad_value_ do, run by run."""
@@ -167,18 +172,9 @@ class Stack:
 
     # --- the batches, and what is drawn -----------------------------------------------------------------------------
 
-    def _together(self, batches: Sequence[Batch]) -> Batch:
-        """The prepared batches of all runs, (K, B, ...)."""
-        data = self.members[0].data
-        if all(type(member.data) is ImageDataModule for member in self.members):
-            seeds = [batch.seed for batch in batches]
-            moved = data.transfer_batch_to_device(_stack_of(batches), self.device, 0)
-            return data.prepare_many(moved, seeds)
-        return _stack_of([m.prepared(b, self.device) for m, b in zip(self.members, batches, strict=True)])
-
-    def _plan(self, batches: Sequence[Batch], step: int) -> list[Call]:
+    def _plan(self, batches: Sequence[Loaded], step: int) -> list[Call]:
         """What a run draws in a step on so many images, in its order: found out once, from the first."""
-        images = len(batches[0].x)
+        images = batches[0].size
         if images not in self._plans:
             first, batch = self.members[0], batches[0]
             noise = generator(batch.seed, "z", device=self.device)
@@ -199,7 +195,7 @@ class Stack:
 
     # --- before it is trusted ---------------------------------------------------------------------------------------
 
-    def _try(self, batch: Batch, batches: Sequence[Batch], noise: list[Tensor], step: int) -> None:
+    def _try(self, batch: Batch, batches: Sequence[Loaded], noise: list[Tensor], step: int) -> None:
         """Raises Unpackable unless loss and gradient of each run are those of the run alone, to within rounding."""
         terms, together = self._gradients(batch, noise, step, observe=False)
         exact = torch.finfo(terms["loss"].dtype).eps ** 0.5 if self.members[0].context is nullcontext else 0.1
@@ -227,46 +223,6 @@ class Stack:
         self._tried = True
 
 
-class Template:
-    """A module that can hold other tensors than its own, as `torch.func.functional_call` lets it, in a tenth of the time."""
-
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
-        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        for part in module.modules():
-            for tensors in (part._parameters, part._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        places.setdefault(id(tensor), []).append((tensors, name))
-        known = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.own = [known[name] for name in names]
-        self.places = [places[id(tensor)] for tensor in self.own]
-
-    @contextmanager
-    def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Hold these in place of its own, in the order of the names."""
-        try:
-            self._put(tensors)
-            yield
-        finally:
-            self._put(self.own)
-
-    def _put(self, tensors: Sequence[Tensor]) -> None:
-        for places, tensor in zip(self.places, tensors, strict=True):
-            for where, name in places:
-                where[name] = tensor
-
-
-@contextmanager
-def untouched(buffers: Iterable[Tensor]) -> Iterator[None]:
-    """Let a pass that only looks, of a model that counts its passes, leave these as they were."""
-    before = [(buffer, buffer.clone()) for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)
-
-
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
@@ -281,14 +237,3 @@ def _stacked(of_runs: Sequence[Tensor]) -> Tensor:
 def _of_runs(numbers: Tensor, like: Tensor) -> Tensor:
     """Numbers (K,) to be broadcast with (K, ...)."""
     return numbers.view(-1, *[1] * (like.ndim - 1))
-
-
-def _stack_of(batches: Sequence[Batch]) -> Batch:
-    """Batches as one, (K, B, ...), without a seed."""
-
-    def together(parts: list[Tensor | None]) -> Tensor | None:
-        known = [part for part in parts if part is not None]
-        return torch.stack(known) if len(known) == len(parts) else None
-
-    y, partner = together([batch.y for batch in batches]), together([batch.partner for batch in batches])
-    return Batch(torch.stack([batch.x for batch in batches]), y, 0, partner)

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vae.engine.stack import Member, untouched
+from vae.engine.stack import Member
+from vae.engine.template import untouched
 from vae.seeding import generator
 
 if TYPE_CHECKING:
-    from vae.data.images import Batch
+    from vae.engine.stack import Loaded
 
 CGROUPS = Path("/sys/fs/cgroup")
 PART = 0.5  # of what is free that a pack may take: the estimate is rough, and others want some too
 
 
-def bytes_of_run(member: Member, batch: Batch) -> int:
+def bytes_of_run(member: Member, batch: Loaded) -> int:
     """What a training step of a run holds at once: weights, gradient and two moments, and what its backward pass keeps,
     twice, for its gradient is as large. Takes a loaded batch through the model."""
     device = next(member.both.parameters()).device
