@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
 from vae.cli import CONFIGS
 from vae.data.images import Images, Unread
@@ -284,6 +285,30 @@ def test_in_float32_a_run_in_a_stack_is_as_near_as_another_adam(tiny, objective)
         return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
     assert distance(ours[0]) < 10 * max(distance(other), 1e-6)
+
+
+class Transposed(nn.Linear):
+    """A layer whose gradient torch leaves in another layout than the weight's, which a fused optimiser would not see."""
+
+    def forward(self, x):
+        return (x.unsqueeze(-1) * self.weight.mT).sum(-2) + self.bias
+
+
+def test_a_layer_of_ones_own_is_trained_as_alone_whatever_the_layout_of_its_gradient(tiny, float64, monkeypatch):
+    def changed(config, own=made, **options):
+        member, loader = own(config, **options)
+        for part in (member.vae.encoder, member.vae.decoder):
+            for layer in (layer for layer in part.modules() if type(layer) is nn.Linear):
+                layer.__class__ = Transposed
+        return member, loader
+
+    monkeypatch.setitem(globals(), "made", changed)
+    monkeypatch.setattr(traced, "TRACED_AFTER", 2)
+    configs = configs_of(tiny, "beta_vae", "data.limit=40", "data.batch_size=20")
+    layer = next(part for part in changed(configs[0])[0].vae.encoder.modules() if type(part) is Transposed)
+    (gradient,) = torch.autograd.grad(layer(torch.rand(20, layer.in_features)).sum(), layer.weight)
+    assert gradient.stride() != layer.weight.stride()
+    assert_equal(configs, 6, 1e-12)
 
 
 def test_a_program_has_the_bits_of_the_step_it_was_traced_from(tiny, monkeypatch):

@@ -137,8 +137,12 @@ class Stack:
 
     def _gradients(self, batch: Batch, noise: list[Tensor], step: Any, observe: bool = True) -> Result:
         terms = self._terms(batch, noise, step, observe)
-        gradients = torch.autograd.grad(terms["loss"].sum(), list(self.trained.values()), allow_unused=True)
-        return terms, list(gradients)
+        parameters = list(self.trained.values())
+        gradients = torch.autograd.grad(terms["loss"].sum(), parameters, allow_unused=True)
+        return terms, [
+            None if gradient is None else _laid_out_as(parameter, gradient)
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+        ]
 
     def _terms(self, batch: Batch, noise: list[Tensor], step: Any, observe: bool) -> dict[str, Tensor]:
         template, plan = self.members[0], self._plans[len(batch.x[0])]
@@ -232,6 +236,13 @@ def _stacked(of_runs: Sequence[Tensor]) -> Tensor:
     for value, view in zip(of_runs, stack.unbind(), strict=True):
         value.data = view
     return stack
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in the layout of its parameter, which a fused optimiser takes it to have, as `backward` makes one."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
 
 
 def _of_runs(numbers: Tensor, like: Tensor) -> Tensor:
