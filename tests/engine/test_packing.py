@@ -13,7 +13,9 @@ import pytest
 import torch
 from commands import run as command
 
+from vae.data.images import Images
 from vae.engine import packing, traced, turns
+from vae.engine.build import SHARED
 from vae.engine.packing import Pack
 from vae.engine.run import train
 from vae.engine.stack import Stack
@@ -140,6 +142,18 @@ def test_a_callback_of_ones_own_sees_the_batches_that_it_sees_alone(tiny, tmp_pa
             assert step == number
             assert torch.equal(x, pixels)
             assert loss == pytest.approx(value, rel=1e-5)
+
+
+def test_batches_of_packed_runs_are_gathered_at_once(tiny, tmp_path, monkeypatch):
+    sizes, own = [], Images.gather
+    monkeypatch.setattr(Images, "gather", lambda images, index: (sizes.append(len(index)), own(images, index))[1])
+    shared = SHARED.set({})
+    packed([tiny("data.batch_size=24", "trainer.max_epochs=2", "logger=none", f"seed={n}") for n in range(2)], tmp_path)
+    SHARED.reset(shared)
+    assert sizes.count(2 * 24) == 2 * (64 // 24)
+    assert (
+        sizes.count(24) == 4
+    )  # of the first batches: what a step holds, what it draws, and the step of each run alone
 
 
 @pytest.mark.slow

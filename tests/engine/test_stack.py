@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from vae.cli import CONFIGS
-from vae.data.images import Images, Unread
+from vae.data.images import Batch, Images, Unread
 from vae.engine import batched, traced
 from vae.engine.build import build
 from vae.engine.draws import Unpackable
@@ -311,23 +311,68 @@ def test_a_layer_of_ones_own_is_trained_as_alone_whatever_the_layout_of_its_grad
     assert_equal(configs, 6, 1e-12)
 
 
-def test_a_program_has_the_bits_of_the_step_it_was_traced_from(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    "schedule", [["geco", "objective.schedule.target=9"], ["linear", "objective.schedule.steps=49"]]
+)
+def test_a_program_has_the_bits_of_the_steps_that_it_stands_for(tiny, monkeypatch, schedule):
     monkeypatch.setattr(traced, "TRACED_AFTER", 0)
-    pairs = [made(tiny("objective/schedule=geco", "objective.schedule.target=9", f"seed={n}")) for n in (1, 2)]
+    pairs = [made(tiny(f"objective/schedule={schedule[0]}", schedule[1], f"seed={n}")) for n in (1, 2)]
     stack = Stack([member for member, _ in pairs])
     batches = [next(iter(loader)) for _, loader in pairs]
     batch, noise = stack._together(batches), stack._drawn(stack._plan(batches, 3), [b.seed for b in batches])
-    found = []
-    for step in (stack._gradients, stack._programs):
-        with untouched(stack.buffers.values()):
-            terms, gradients = step(batch, noise, 3)
-            observed = stack.buffers["objective.schedule.log_weight"].clone()
-        found.append([*terms.items(), *enumerate([*gradients, observed])])
-    for (a, ours), (b, theirs) in zip(*found, strict=True):
-        assert a == b
-        assert torch.equal(ours, theirs), a
-        assert not theirs.requires_grad
-    assert float(stack.buffers["objective.schedule.observed"].sum()) == 0  # tracing it counted nothing
+    for step in (3, 5, 6, 47, 60):
+        found = []
+        for function in (stack._gradients, stack._programs):
+            before = [buffer.clone() for buffer in stack.buffers.values()]
+            with untouched(stack.buffers.values()):
+                terms, gradients = function(batch, noise, step)
+                found.append(
+                    [*terms.items(), *enumerate(gradients), *enumerate(b.clone() for b in stack.buffers.values())]
+                )
+            assert all(map(torch.equal, before, stack.buffers.values()))
+        for (a, ours), (b, theirs) in zip(*found, strict=True):
+            assert a == b
+            assert torch.equal(ours, theirs), (step, a)
+            assert not theirs.requires_grad
+    assert len(stack._programs.known) == 1
+
+
+def test_tracing_a_step_counts_nothing(tiny, monkeypatch):
+    monkeypatch.setattr(traced, "TRACED_AFTER", 1)
+    schedule = ["objective/schedule=geco", "objective.schedule.target=9"]
+    pairs = [made(tiny(*schedule, f"seed={n}")) for n in (1, 2)]
+    stack = Stack([member for member, _ in pairs])
+    stack.train(list(zip(*(batches_of(loader, 5) for _, loader in pairs), strict=True)), 0)
+    assert stack.buffers["objective.schedule.observed"].tolist() == [5.0, 5.0]
+
+
+def test_what_a_program_does_not_come_to_is_not_traced():
+    calls = []
+
+    def of_step(batch, noise, step):
+        calls.append(1)
+        return {"loss": batch.x.sum() * len(calls)}, []
+
+    batch = Batch(torch.ones(2, 3), None, 0)
+    programs = traced.Programs(of_step, [], [])
+    assert [programs(batch, [], n) for n in range(traced.TRACED_AFTER + 3)] == [None] * (traced.TRACED_AFTER + 3)
+    a, b = torch.ones(3), torch.tensor([1.0, 1.0, 1.001])
+    assert traced.same([a, None], [a, None]) and not traced.same([a], [b]) and not traced.same([a], [None])
+    nan = torch.tensor([1.0, float("nan")])
+    assert traced.same([nan], [nan]) and not traced.same([a[:2]], [nan])
+
+
+def test_a_step_that_is_traced_can_be_calculated_with_and_not_be_looked_at():
+    step, table = traced.Step(torch.tensor(6.0)), torch.tensor([2.0, 4.0])
+    for found in (step / 2, 12 / step / 1 + 1, step + 0 - 3, 3 * step - 15, step % 4 + 1, (step - 3) * 1, 9 - step):
+        assert float(found) == 3.0
+    assert (step / table).tolist() == [3.0, 1.5]
+    assert (table * step).tolist() == [12.0, 24.0]
+    assert torch.maximum(table, step).tolist() == [6.0, 6.0]
+    assert bool(step > 5) and bool(step == 6) and not bool(step != 6)
+    for look in (hash, bool, str, float, int, repr, "{}".format, [1, 2].__getitem__):
+        with pytest.raises(TypeError):
+            look(step)
 
 
 @pytest.mark.parametrize("objective", ["BranchesOnTheStep", "NamesTheStep"])
@@ -375,6 +420,15 @@ def test_batches_of_one_split_are_gathered_at_once_and_are_those_of_each_run(tin
         for k, (member, batch) in enumerate(zip(members, apart, strict=True)):
             alone = member.prepared(batch, torch.device("cpu"))
             assert torch.equal(together.x[k], alone.x) and torch.equal(together.y[k], alone.y)
+
+
+def test_images_on_the_disk_and_partners_are_not_left_to_be_gathered_later(tiny):
+    member, _ = made(tiny("objective=ada_gvae", "data=sprites", "++data.source.size=16"))
+    streaming = made(tiny())[0].data.train_dataloader()
+    streaming.images.streaming = True
+    for loader in (member.data.train_dataloader(), streaming):
+        loader.unread = True
+        assert isinstance(next(iter(loader)), Batch)
 
 
 def test_a_stack_that_cannot_go_on_keeps_what_was_done_and_says_why(tiny):

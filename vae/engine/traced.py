@@ -103,8 +103,8 @@ class Programs:
 
         log, inputs = logging.getLogger(__name__), self._inputs(batch, noise, step)
         try:
-            with untouched(self.buffers):  # as of another step, so that a number that depends on it shows
-                program = traced(function, *self._inputs(batch, noise, 2 * step + 1000))
+            with untouched(self.buffers):
+                program = traced(function, *inputs)
             with untouched(self.buffers):
                 ours = program(*inputs)
             with untouched(self.buffers):
