@@ -142,7 +142,8 @@ def configs_of(tiny, objective, *common):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_run_in_a_stack_is_the_run_alone(tiny, float64, objective):
+def test_a_run_in_a_stack_is_the_run_alone(tiny, float64, monkeypatch, objective):
+    monkeypatch.setattr(traced, "TRACED_AFTER", 20)
     assert_equal(configs_of(tiny, objective, "data.limit=48", "data.batch_size=20"), 100, 1e-10)
 
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from vae.data.images import Batch
 from vae.engine.template import untouched
 
-TRACED_AFTER = 32  # steps on batches of one size: tracing takes a third of a second, which fewer would not save
+TRACED_AFTER = 128  # steps on batches of one size: tracing takes a third of a second, which as many more steps save
 
 #: Operators that return the tensor they are given.
 ALIASES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
