@@ -73,8 +73,8 @@ class Packed(Launcher):
             for reason in sorted({reason for reason in why.values() if reason}):
                 count = sum(len(group) for group in groups.values() if why[group[0]] == reason)
                 log.warning(
-                    f"Not packed: {count} runs have {reason}, which gain little or nothing from it on a CPU: joblib runs them side "
-                    "by side."
+                    f"Not packed: {count} runs have {reason}, which gain little or nothing from it on a CPU: joblib runs "
+                    "them side by side."
                 )
             packs = [group for group in groups.values() if not why[group[0]]]
             for group in packs:
