@@ -101,6 +101,15 @@ def test_a_sweep_with_a_bad_run_names_folders_by_what_varies_reports_and_fails_t
     assert (good / "metrics.json").stat().st_mtime_ns == stamp
 
 
+def test_a_sweep_all_of_whose_runs_are_refused_says_why_of_each_and_fails(tmp_path):
+    done = run("vae.train", "-m", "trainer.max_epochs=-5,-6", "run=sweep", cwd=tmp_path)
+    assert done.returncode == 1
+    for epochs in (-5, -6):
+        reason = f"trainer.max_epochs={epochs} must be a whole number of at least -1, or null."
+        assert f"Not done:    trainer.max_epochs={epochs}: {reason}" in done.stdout
+    assert "Warning" not in done.stderr
+
+
 def test_a_run_is_trained_evaluated_again_and_resumed_by_command(tmp_path):
     done = run("vae.train", *SMALL, "run=here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

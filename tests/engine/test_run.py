@@ -322,3 +322,17 @@ def test_a_config_cannot_make_a_run_write_outside_its_folder(tiny, tmp_path, ove
     with pytest.raises(VAEError, match="is outside the run's folder"):
         build_trainer(config, tmp_path / "sweep" / "run")
     assert not (tmp_path / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("given", [{"model": 3}, {"evaluation": None}, {"network": ...}, {"posterior": ...}])
+def test_a_value_in_place_of_a_group_of_settings_is_refused_in_a_sentence(given, tiny, tmp_path):
+    config, (name, value) = tiny(), *given.items()
+    OmegaConf.set_struct(config, False)
+    if value is ...:
+        del config[name]
+    else:
+        config[name] = value
+    typed = {3: "3", None: "null", ...: "[]"}[value]
+    with pytest.raises(VAEError, match=rf"^{name}={re.escape(typed)} leaves out what is set under {name}: give"):
+        train(config, tmp_path / "run", [])
+    assert not (tmp_path / "run").exists()

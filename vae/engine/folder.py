@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 import vae
 from vae.cli import CONFIGS, TRANSIENT, command_line
 from vae.engine.stored import is_addition, renewed
-from vae.errors import VAEError
+from vae.errors import VAEError, typed
 from vae.files import refuse_aliases
 from vae.refusals import sentence
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from vae.engine.module import VAEModule
 
 CGROUPS = Path("/sys/fs/cgroup")
+#: Settings of a run that are groups: those that are never empty, and those that may be.
+GROUPS = "data", "network", "likelihood", "prior", "objective", "optimizer", "trainer", "model", "evaluation"
+OPTIONAL = "posterior", "regularizer", "lr_schedule", "logger", "callbacks"
 
 
 def settings(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -51,6 +54,16 @@ def settings(config: DictConfig | dict[str, Any]) -> dict[str, Any]:
 
     walk(config if isinstance(config, dict) else OmegaConf.to_container(config), "")
     return flat
+
+
+def require_groups(settings: Mapping[str, Any]) -> None:
+    """Raises VAEError where one value, or nothing, stands in place of a group of settings."""
+    for name in (*GROUPS, *OPTIONAL):
+        if name not in settings or (name in GROUPS and not isinstance(settings[name], Mapping)):
+            given = f"{name}={typed(settings[name])}" if name in settings else f"{name}=[]"
+            raise VAEError(
+                f"{given} leaves out what is set under {name}: give {name}.KEY=VALUE for one of its settings."
+            )
 
 
 def read_config(folder: Path) -> DictConfig:

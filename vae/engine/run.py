@@ -37,6 +37,7 @@ from vae.engine.folder import (
     read_status,
     refuse_foreign_checkpoint,
     refuse_other_training,
+    require_groups,
 )
 from vae.engine.loggers import KEPT, begin, require_packages
 from vae.engine.module import Means, VAEModule
@@ -79,11 +80,12 @@ def train(
     that do not change what is trained (`folder.TAKEN_OVER`) may be others, and so may `data.source.path` if the same
     images lie there. Nothing is deleted then, but for the weights of
     the same run from before its first last.ckpt.
-    Raises VAEError, before anything is written, if another process is training this run, for what a run cannot use, and
-    with resume=True if any other setting is not what the run was trained with.
+    Raises VAEError, before anything is written, for a group of settings that is none, for what a run cannot use, if another
+    process is training this run, and with resume=True if any other setting is not what the run was trained with.
     """
     progress_bar = progress_bar and config.progress_bar
     settled = {k: v for k, v in OmegaConf.to_container(config, resolve=True).items() if k not in TRANSIENT}
+    require_groups(settled)
     config = OmegaConf.create(settled)
     options = trainer_options(config)
     require_packages(config)

@@ -58,10 +58,22 @@ class SweepCallback(Callback):
         from vae.report.runs import CUT_OFF
         from vae.report.search import read_search
 
-        folder = Path(config.hydra.sweep.dir)
-        sweep = read_sweep(folder)
+        folder, console = Path(config.hydra.sweep.dir), Console()
+        refused = sorted(folder.glob(f"*/{REFUSED}"))
+
+        def tell_refused() -> None:
+            for path in refused:
+                said = f"Not done:    {path.parent.name}: {json.loads(path.read_text())['reason']}"
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+        try:
+            sweep = read_sweep(folder)
+        except VAEError:
+            if not refused:
+                raise
+            tell_refused()  # all of them, so that there is nothing to report
+            sys.exit(1)
         page = write_report(sweep)
-        console = Console()
         print_table(sweep, console)
         found = read_search(sweep)
         if found:
@@ -70,13 +82,7 @@ class SweepCallback(Callback):
             )
         console.print(f"Report:      open {page}", highlight=False, soft_wrap=True)
         console.print(f"TensorBoard: tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
-        refused = sorted(folder.glob(f"*/{REFUSED}"))
-        for path in refused:
-            console.print(
-                f"Not done:    {path.parent.name}: {json.loads(path.read_text())['reason']}",
-                highlight=False,
-                markup=False,
-            )
+        tell_refused()
         if found and (elsewhere := [run for run in sweep.failed if run.state == CUT_OFF]):  # its own have all ended
             console.print(f"Another process of this search is at {len(elsewhere)} more, and writes the report again.")
             sys.exit(1 if refused or len(sweep.failed) > len(elsewhere) else 0)
