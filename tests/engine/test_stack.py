@@ -363,6 +363,19 @@ def test_what_a_program_does_not_come_to_is_not_traced():
     assert traced.same([nan], [nan]) and not traced.same([a[:2]], [nan])
 
 
+def test_a_program_that_leaves_a_buffer_as_it_was_is_not_taken(monkeypatch):
+    monkeypatch.setattr(traced, "TRACED_AFTER", 0)
+    count, ignored = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+
+    def of_step(batch, noise, step):
+        (ignored if isinstance(step, traced.Step) else count).add_(1)
+        return {"loss": batch.x.sum(1)}, []
+
+    batch = Batch(torch.ones(2, 3), None, 0)
+    assert traced.Programs(of_step, [count, ignored], [count, ignored])(batch, [], 0) is None
+    assert count.tolist() == ignored.tolist() == [0, 0]
+
+
 def test_a_step_that_is_traced_can_be_calculated_with_and_not_be_looked_at():
     step, table = traced.Step(torch.tensor(6.0)), torch.tensor([2.0, 4.0])
     for found in (step / 2, 12 / step / 1 + 1, step + 0 - 3, 3 * step - 15, step % 4 + 1, (step - 3) * 1, 9 - step):
