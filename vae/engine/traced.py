@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from vae.data.images import Batch
 from vae.engine.template import untouched
@@ -131,6 +130,9 @@ def traced(function: Function, *examples: Tensor) -> Function:
     Gradients that it takes are among its operators; what it returns has none. It changes in place what the function does.
     Raises what torch raises where a Python branch looks at a value, and whatever the function does.
     """
+    # Torch may move it with any release; steps are then taken as they are.
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     module = make_fx(function)(*examples)
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in ALIASES:
