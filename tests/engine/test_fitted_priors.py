@@ -168,7 +168,7 @@ def test_the_other_commands_take_it_and_refuse_in_a_sentence(copied, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "test/priors/two/nll_iw5" in done.stdout
     for words, sentence in (
-        (("vae.fit_prior", "prior=vamp"), "Could not find 'prior/vamp'"),
+        (("vae.fit_prior", "prior=vamp"), "prior=vamp is unknown: did you mean vampprior?"),
         (
             ("vae.fit_prior", "prior=gaussian"),
             "exists already: choose another name=, or fit it anew with resume=restart.",
