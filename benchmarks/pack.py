@@ -1,7 +1,8 @@
 """Runs as one program against the same runs one after another: training steps and whole runs, start-up left out.
 
-`python benchmarks/pack.py [--quick]` prints both, and the operators of a step, as JSON. One thread. Steps are taken in turn, a
-block of one form and then of the other, and measured in CPU time, for others use the machine too; ratios are medians of pairs.
+`python benchmarks/pack.py [--quick]` prints both, and the operators of a step, as JSON; and of latents of several sizes, one
+padded stack against a stack for each size. One thread. Steps are taken in turn, a block of one form and then of the other,
+and measured in CPU time, for others use the machine too; ratios are medians of pairs.
 On a GPU it is 64 runs against one, in seconds.
 """
 
@@ -21,8 +22,9 @@ import torch
 from pair import compose
 from torch.profiler import ProfilerActivity, profile
 
+from vae.engine import packing
 from vae.engine.build import SHARED, build
-from vae.engine.packing import Pack
+from vae.engine.packing import MOST_PADDING, Pack
 from vae.engine.run import train
 from vae.engine.stack import Member, Stack
 from vae.engine.traced import TRACED_AFTER
@@ -32,6 +34,13 @@ from vae.engine.trainer import build_trainer, settle_process
 SETS = {
     "15 runs of the digits MLP, 64-400-16, batch 64": (15, ["data=digits", "model.latent_dim=16"]),
     "16 runs of 784-400-20, batch 128": (16, ["data=mnist", "model.latent_dim=20", "data.limit=3840"]),
+}
+#: Sizes of the latent, with four betas each.
+LATENT_DIMS = (2, 5, 10, 20)
+#: name -> (overrides, epochs of whole runs)
+PADDED = {
+    "16 runs of the digits MLP, latents of 2, 5, 10 and 20, batch 64": (["data=digits"], (5, 50)),
+    "16 runs of 784-400-D, D = 2, 5, 10 and 20, batch 128": (["data=mnist", "data.limit=3840"], (5,)),
 }
 ON_GPU = "64 runs of 784-400-20, batch 128, against one"
 GPU = torch.cuda.is_available()
@@ -133,6 +142,23 @@ def steps_in_turn(runs: int, overrides: list[str], steps: int, repetitions: int)
     }
 
 
+def padded_in_turn(overrides: list[str], steps: int, repetitions: int) -> dict[str, Any]:
+    """Latents of several sizes: a stack for each, and one of all."""
+    more = ["trainer.max_epochs=100000", "logger=none", "callbacks=minimal"]
+    of_size = [configs_of(4, [*overrides, f"model.latent_dim={d}"], *more) for d in LATENT_DIMS]
+    each = [stack_blocks(configs, steps)[1] for configs in of_size]
+    _, together = stack_blocks([config for configs in of_size for config in configs], steps)
+    pairs = [(sum(block() for block in each), together()) for _ in range(repetitions)]
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "a_stack_for_each_size_ms": 1e3 * statistics.median(a for a, _ in pairs) / steps,
+        "padded_ms": 1e3 * statistics.median(b for _, b in pairs) / steps,
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "repetitions": repetitions,
+    }
+
+
 def against_one(runs: int, overrides: list[str], steps: int = 20, repetitions: int = 9) -> dict[str, Any]:
     """So many runs against one of them: milliseconds of a step, and seconds of complete runs."""
     configs = configs_of(runs, overrides, "trainer.max_epochs=100000", "logger=none", "callbacks=minimal")
@@ -152,21 +178,43 @@ def whole_runs(
     runs: int, overrides: list[str], epochs: int, forms: tuple[str, ...] = ("one_after_another", "packed")
 ) -> dict[str, float]:
     """Seconds of complete runs, with validation, checkpoints, events and the test; pictures left out."""
-    more = [f"trainer.max_epochs={epochs}", "callbacks=minimal", "evaluation.nll_samples=0"]
-    found = {}
-    for form in forms:
-        configs = configs_of(runs, overrides, *more)
-        shared = SHARED.set({})
-        with tempfile.TemporaryDirectory() as folder:
-            jobs = [
-                functools.partial(train, c, Path(folder) / str(n), [], progress_bar=False)
-                for n, c in enumerate(configs)
-            ]
-            start = now()
-            Pack([str(n) for n in range(runs)]).run(jobs) if form == "packed" else [job() for job in jobs]
-            found[f"{form}_s"] = now() - start
-        SHARED.reset(shared)
+    found = {f"{form}_s": seconds(configs_of(runs, overrides, *whole(epochs)), form == "packed") for form in forms}
     return {**found, "ratio": found["one_after_another_s"] / found["packed_s"]} if len(forms) == 2 else found
+
+
+def whole(epochs: int) -> list[str]:
+    return [f"trainer.max_epochs={epochs}", "callbacks=minimal", "evaluation.nll_samples=0"]
+
+
+def seconds(configs: list[Any], as_pack: bool) -> float:
+    shared = SHARED.set({})
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [
+            functools.partial(train, c, Path(folder) / str(n), [], progress_bar=False) for n, c in enumerate(configs)
+        ]
+        start = now()
+        Pack([str(n) for n in range(len(jobs))]).run(jobs) if as_pack else [job() for job in jobs]
+        found = now() - start
+    SHARED.reset(shared)
+    return found
+
+
+def whole_padded_runs(overrides: list[str], epochs: int, repetitions: int) -> dict[str, Any]:
+    """Complete runs with latents of several sizes, padded as far as they are by default and not at all, in turn."""
+    pairs = []
+    for _ in range(repetitions):
+        pair = []
+        for most in (0, MOST_PADDING):
+            packing.MOST_PADDING = most
+            of_size = [[*overrides, f"model.latent_dim={d}", *whole(epochs)] for d in LATENT_DIMS]
+            pair.append(seconds([config for more in of_size for config in configs_of(4, more)], True))
+        pairs.append(pair)
+    return {
+        "a_stack_for_each_size_s": statistics.median(a for a, _ in pairs),
+        "padded_s": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(a / b for a, b in pairs),
+        "ratios": sorted(a / b for a, b in pairs),
+    }
 
 
 def operators(overrides: list[str], runs: int) -> int:
@@ -179,8 +227,7 @@ def operators_of(stack: Stack) -> int:
     batches = []
     for member in stack.members:
         batches.append(next(iter(member.data.train_dataloader())))
-    batch, plan = stack._together(batches), stack._plan(batches, 0)
-    noise = stack._drawn(plan, [b.seed for b in batches])
+    batch, noise = stack._together(batches), stack._drawn(batches, 0)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         _, gradients = stack._gradients(batch, noise, 0)
         stack.optimizer.step(gradients)
@@ -197,15 +244,21 @@ def main() -> None:
     if GPU:
         print(json.dumps({ON_GPU: against_one(64, SETS["16 runs of 784-400-20, batch 128"][1])}, indent=1), flush=True)
         return
+    steps_and_repetitions = (5, 5) if options.quick else (20, 9)
     for name, (runs, overrides) in SETS.items():
         if options.only not in name:
             continue
-        steps, repetitions = (5, 5) if options.quick else (20, 9)
-        found[name] = {"steps": steps_in_turn(runs, overrides, steps, repetitions)}
+        found[name] = {"steps": steps_in_turn(runs, overrides, *steps_and_repetitions)}
         found[name]["operators"] = {str(n): operators(overrides, n) for n in (2, runs)}
         if not options.quick:
             found[name]["whole runs"] = whole_runs(runs, overrides, 5)
         print(json.dumps({name: found[name]}, indent=1), flush=True)
+    for name, (overrides, epochs) in PADDED.items():
+        if options.only in name:
+            found[name] = {"steps": padded_in_turn(overrides, *steps_and_repetitions)}
+            if not options.quick:
+                found[name] |= {f"{n} epochs": whole_padded_runs(overrides, n, 5) for n in epochs}
+            print(json.dumps({name: found[name]}, indent=1), flush=True)
 
 
 if __name__ == "__main__":

@@ -112,12 +112,14 @@ WHOLE = [
 
 
 @pytest.mark.slow
-def test_packed_runs_leave_what_they_leave_alone(tiny, tmp_path, float64, caplog):
+@pytest.mark.parametrize(("latent_dims", "said"), [((3, 3, 3), ""), ((2, 7, 4), ", latents of 2, 4 padded to 7")])
+def test_packed_runs_leave_what_they_leave_alone(tiny, tmp_path, float64, caplog, latent_dims, said):
     differ = (["seed=1"], ["seed=2", "objective.beta=3"], ["optimizer.lr=5e-3", "objective.schedule.steps=6"])
-    configs = [tiny(*WHOLE, "callbacks=default", "callbacks.pictures.every_n_epochs=4", *more) for more in differ]
+    whole = [*WHOLE, "callbacks=default", "callbacks.pictures.every_n_epochs=4"]
+    configs = [tiny(*whole, f"model.latent_dim={d}", *more) for d, more in zip(latent_dims, differ, strict=True)]
     with caplog.at_level(logging.INFO, "vae.engine.packing"):
         together = packed(configs, tmp_path / "packed")
-    assert [record.message for record in caplog.records] == ["Packed: 3 runs are trained as one program."]
+    assert [record.message for record in caplog.records] == [f"Packed: 3 runs are trained as one program{said}."]
     for number, (ours, theirs) in enumerate(zip(together, alone(configs, tmp_path / "alone"), strict=True)):
         assert ours["test/elbo"] == pytest.approx(theirs["test/elbo"], rel=1e-9)
         assert_alike(*(tmp_path / name / str(number) for name in ("packed", "alone")))
@@ -166,8 +168,10 @@ def test_packed_runs_in_bf16_end_as_alone(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_diverges_is_recorded_and_the_others_do_not_notice(tiny, tmp_path, float64):
-    configs = [tiny(*WHOLE, f"seed={n}", f"optimizer.lr={lr}") for n, lr in enumerate((1e-3, 1e200, 2e-3))]
+@pytest.mark.parametrize("latent_dims", [(3, 3, 3), (3, 9, 2)])
+def test_a_run_that_diverges_is_recorded_and_the_others_do_not_notice(tiny, tmp_path, float64, latent_dims):
+    differ = zip((1e-3, 1e200, 2e-3), latent_dims, strict=True)
+    configs = [tiny(*WHOLE, f"seed={d}", f"optimizer.lr={lr}", f"model.latent_dim={d}") for lr, d in differ]
     together, apart = packed(configs, tmp_path / "packed"), alone(configs, tmp_path / "alone")
     assert together[1] == apart[1]
     assert "stopped being finite at step" in together[1]
@@ -191,9 +195,11 @@ def test_a_run_that_stops_early_leaves_and_the_others_go_on(tiny, tmp_path, floa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [5, 11])
-def test_packed_runs_that_were_killed_go_on_as_if_they_had_not_been(tiny, tmp_path, float64, monkeypatch, at):
-    configs = [tiny(*WHOLE, f"seed={seed}") for seed in range(2)]
+@pytest.mark.parametrize(("at", "latent_dims"), [(5, (3, 3)), (11, (3, 3)), (11, (5, 2))])
+def test_packed_runs_that_were_killed_go_on_as_if_they_had_not_been(
+    tiny, tmp_path, float64, monkeypatch, at, latent_dims
+):
+    configs = [tiny(*WHOLE, f"seed={seed}", f"model.latent_dim={d}") for seed, d in enumerate(latent_dims)]
 
     class Killed(BaseException):
         pass
@@ -270,8 +276,8 @@ def test_runs_of_other_structures_make_groups_and_the_sweep_says_which_are_alone
     differ = [
         [],
         ["seed=1"],
-        ["model.latent_dim=2"],
-        ["model.latent_dim=2", "seed=5"],
+        ["network.activation=tanh"],
+        ["network.activation=tanh", "seed=5"],
         ["data.batch_size=16"],
         factor,
         [*factor, "seed=1"],
@@ -313,10 +319,29 @@ def test_runs_of_codes_without_a_codebook_are_packed_and_end_as_alone(tiny, tmp_
         assert [ours[n] for n in names] == pytest.approx([theirs[n] for n in names], rel=1e-4)
 
 
+def test_latents_that_cannot_be_padded_make_groups_of_their_own(tiny, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("vae.objectives.mmd.InfoVAE.paddable", True)  # it says so, and it is found out
+    options = ["objective=mmd_vae", "logger=none"]
+    configs = [tiny(*options, f"seed={n}", f"model.latent_dim={d}") for n, d in enumerate((2, 5, 2, 5, 4))]
+    assert said(configs, tmp_path, caplog) == [
+        "Not packed: 1 run is trained by itself (run 4): no other run of the sweep has its structure.",
+        "Packed: 2 runs are trained as one program.",
+        "Packed: 2 runs are trained as one program.",
+    ]
+
+
+@pytest.mark.parametrize(("most", "messages"), [(2 * 32 * 50, 1), (2 * 32 * 50 - 1, 2)])
+def test_latents_are_padded_as_long_as_the_runs_gain_by_it(tiny, tmp_path, caplog, monkeypatch, most, messages):
+    """With 16 hidden units a latent dimension has 50 weights: 16 of the decoder, and 34 of the encoder."""
+    monkeypatch.setattr(packing, "MOST_PADDING", most)
+    configs = [tiny("logger=none", f"seed={n}", f"model.latent_dim={d}") for n, d in enumerate((3, 4, 4, 3))]
+    assert len(said(configs, tmp_path, caplog)) == messages
+
+
 def test_a_pack_is_as_large_as_the_memory_holds(tiny, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(packing, "bytes_of_run", lambda member, batch: 10)
-    monkeypatch.setattr(packing, "free_bytes", lambda member: 25)
-    configs = [tiny("logger=none", f"seed={n}") for n in range(4)]
+    monkeypatch.setattr(packing, "bytes_of_run", lambda member, batch: member.vae.latent_dim)
+    monkeypatch.setattr(packing, "free_bytes", lambda member: 14)
+    configs = [tiny("logger=none", f"seed={n}", f"model.latent_dim={d}") for n, d in enumerate((3, 6, 3, 3))]
     messages = said(configs, tmp_path, caplog)
     assert "Packed: 2 of 4 runs at a time, which is what the memory holds." in messages
 
@@ -427,3 +452,25 @@ def test_convolutions_and_large_networks_on_a_cpu_are_left_to_joblib_and_the_res
     assert "Packed: 2 runs are trained as one program." in large.stdout
     for sweep in ("sweep", "large"):
         assert len(list(tmp_path.glob(f"{sweep}/*/metrics.json"))) == 4
+
+
+@pytest.mark.slow
+def test_a_sweep_of_latent_sizes_is_one_pack_in_the_order_of_its_jobs(tmp_path):
+    small = [option for option in SMALL if "latent_dim" not in option]
+    sweep = ["model.latent_dim=5,2", "objective.beta=0.5,2", "run=sweep", "hydra/launcher=packed", *small]
+    done = command("vae.train", "-m", *sweep, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Packed: 4 runs are trained as one program, latents of 2 padded to 5." in done.stdout
+    shapes = {}
+    for path in tmp_path.glob("sweep/*/checkpoints/last.ckpt"):
+        saved = torch.load(path, weights_only=True)
+        (name,) = (n for n in saved["state_dict"] if n.endswith("decoder.body.0.weight"))
+        shapes[path.parts[-3]] = saved["state_dict"][name].shape[1]
+        assert f"latent_dim={shapes[path.parts[-3]]}" in path.parts[-3]
+    assert sorted(shapes.values()) == [2, 2, 5, 5]
+    wrong = command(
+        "vae.train", "-m", "model.latent_dim=2,0,x", "run=wrong", "hydra/launcher=packed", *small, cwd=tmp_path
+    )
+    assert wrong.returncode == 1
+    assert "Traceback" not in wrong.stdout + wrong.stderr
+    assert "model.latent_dim=x" in wrong.stdout

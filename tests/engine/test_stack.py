@@ -2,53 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
+import stacks
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from stacks import OBJECTIVES, alone, assert_equal, batches_of, configs_of, made, packed
 from torch import nn
 
 from vae.cli import CONFIGS
 from vae.data.images import Batch, Images, Unread
 from vae.engine import batched, traced
-from vae.engine.build import build
 from vae.engine.draws import Unpackable
 from vae.engine.gathering import Gatherer
-from vae.engine.stack import Member, Stack
+from vae.engine.stack import Stack
 from vae.engine.structure import signature
 from vae.engine.template import untouched
 from vae.engine.working_memory import bytes_of_run, free_bytes
 from vae.seeding import generator
 
 pytestmark = pytest.mark.usefixtures("quick_classifier")
-#: Of each objective that says it can be packed: what two runs differ in.
-OBJECTIVES = {
-    "beta_vae": (["objective.beta=0.5"], ["objective.beta=4"]),
-    "beta_vae,objective/schedule=linear": (["objective.schedule.steps=30"], ["objective.schedule.steps=90"]),
-    "beta_vae,objective/schedule=cyclical": (["objective.schedule.steps=50"], ["objective.schedule.ramp=0.3"]),
-    "beta_vae,objective/schedule=control": (["objective.schedule.target=3"], ["objective.schedule.target=9"]),
-    "beta_vae,objective/schedule=geco": (["objective.schedule.target=20"], ["objective.schedule.target=40"]),
-    "capacity": (["objective.capacity=2"], ["objective.gamma=30"]),
-    "free_bits": (["objective.free_nats=0.1"], ["objective.free_nats=1"]),
-    "free_bits,objective.groups=1": (["objective.free_nats=0.1"], ["objective.beta=2"]),
-    "dip_vae_i": (["objective.lambda_od=1"], ["objective.lambda_d=50"]),
-    "dip_vae_ii": (["objective.lambda_od=1"], ["objective.beta=3"]),
-    "info_vae": (["objective.alpha=0.2"], ["objective.lambda_mmd=20"]),
-    "mmd_vae": (["objective.lambda_mmd=10"], ["objective.lambda_mmd=100"]),
-    "wae_mmd": (["objective.lambda_mmd=1"], ["objective.lambda_mmd=30"]),
-    "tcvae": (["objective.beta=2"], ["objective.alpha=3"]),
-    "iwae,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
-    "sticking_the_landing,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
-    "miwae,objective.groups=2,objective.samples=3": (["objective.beta=1"], ["objective.beta=2"]),
-    "ciwae,objective.samples=3": (["objective.mix=0.1"], ["objective.mix=0.6"]),
-    "feature": (["objective.lambda_feature=0.1"], ["objective.lambda_feature=2"]),
-    "cvae": (["objective.beta=0.5"], ["objective.beta=4"]),
-    "ada_gvae,data=sprites,++data.source.size=16": (["objective.beta=0.5"], ["objective.beta=4"]),
-}
 
 
 @pytest.fixture
@@ -56,88 +32,6 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def made(config, **options):
-    data, module = build(config)
-    module.train()
-    optimizer = module.configure_optimizers()
-    return Member(module.vae, module.objective, optimizer, data, **options), data.train_dataloader()
-
-
-def batches_of(loader, steps):
-    found = []
-    for epoch in itertools.count():
-        loader.sampler.set_epoch(epoch)
-        for batch in loader:
-            if len(found) == steps:
-                return found
-            found.append(batch)
-
-
-def alone(member, loader, steps):
-    """The terms of each step, as VAEModule and Lightning take them."""
-    found = []
-    for step, batch in enumerate(batches_of(loader, steps)):
-        prepared = member.data.prepare(batch, training=True)
-        noise = generator(batch.seed, "z")
-        terms = member.objective(member.vae, prepared, noise, step)
-        member.objective.schedule.observe(rate=terms["rate"], distortion=terms["distortion"])
-        member.optimizer.zero_grad()
-        terms["loss"].backward()
-        if member.clip is not None:
-            kind, most = member.clip
-            clip = torch.nn.utils.clip_grad_norm_ if kind == "norm" else torch.nn.utils.clip_grad_value_
-            clip(member.both.parameters(), most)
-        member.optimizer.step()
-        found.append({name: value.detach().clone() for name, value in terms.items()})
-    return found
-
-
-def packed(members, loaders, steps, at_once=7, fixed=True):
-    """The terms of each step, the batches left unread where they can be. fixed: whether later steps are taken by programs."""
-    for member in members:
-        member.data.share(members[0].data)
-    for loader in loaders:
-        loader.images, loader.unread = members[0].data.splits.train, True
-    stack, found = Stack(members), []
-    blocks = list(zip(*(batches_of(loader, steps) for loader in loaders), strict=True))
-    while len(found) < steps:
-        found += stack.train(blocks[len(found) : len(found) + at_once], len(found))
-    sizes = {size for size, taken in stack._programs.taken.items() if taken > traced.TRACED_AFTER}
-    assert (sizes if fixed else set()) == {size for size, program in stack._programs.known.items() if program}
-    return found
-
-
-def assert_equal(configs, steps, within, fixed=True, **options):
-    ours = [made(config, **options) for config in configs]
-    theirs = [made(config, **options) for config in configs]
-    assert len({signature(member) for member, _ in ours}) == 1
-    together = packed([member for member, _ in ours], [loader for _, loader in ours], steps, fixed=fixed)
-    for run, ((one, _), (other, loader)) in enumerate(zip(ours, theirs, strict=True)):
-        by_itself = alone(other, loader, steps)
-        for step, terms in enumerate(by_itself):
-            assert terms.keys() == together[step].keys()
-            for name, value in terms.items():
-                torch.testing.assert_close(
-                    together[step][name][run], value, rtol=within, atol=within, msg=f"{name} {step}"
-                )
-        for (name, a), (_, b) in zip(one.both.state_dict().items(), other.both.state_dict().items(), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=within, msg=name)
-        for a, b in zip(one.both.parameters(), other.both.parameters(), strict=True):
-            states = one.optimizer.state[a], other.optimizer.state[b]
-            assert states[0].keys() == states[1].keys()
-            for name, value in states[1].items():
-                torch.testing.assert_close(states[0][name], value, rtol=0, atol=within, check_dtype=True, msg=name)
-
-
-def configs_of(tiny, objective, *common):
-    name, *more = objective.split(",")
-    differ = OBJECTIVES.get(objective, ([], []))
-    return [
-        tiny(f"objective={name}", *more, *common, f"seed={seed}", f"optimizer.lr={lr}", *varied)
-        for seed, lr, varied in zip((3, 8), (1e-3, 3e-3), differ, strict=True)
-    ]
 
 
 @pytest.mark.slow
@@ -243,7 +137,7 @@ def operators(runs, tiny):
     stack = Stack([member for member, _ in made_of])
     blocks = [[next(iter(loader)) for _, loader in made_of]]
     stack.train(blocks, 0)
-    batch, noise = stack._together(blocks[0]), stack._drawn(stack._plan(blocks[0], 1), range(runs))
+    batch, noise = stack._together(blocks[0]), stack._drawn(blocks[0], 1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         _, gradients = stack._gradients(batch, noise, 1)
         stack.optimizer.step(gradients)
@@ -260,7 +154,7 @@ def test_runs_in_a_stack_draw_what_they_draw_alone(tiny):
     pairs = [made(config) for config in configs]
     stack = Stack([member for member, _ in pairs])
     batches = [next(iter(loader)) for _, loader in pairs]
-    drawn = stack._drawn(stack._plan(batches, 0), [batch.seed for batch in batches])
+    drawn = stack._drawn(batches, 0)
     assert [tuple(draw.shape) for draw in drawn] == [(2, 32, 3), (2, 32, 3)]  # of q(z|x), then of the prior
     prepared = stack._together(batches)
     for run, (member, batch) in enumerate(zip(stack.members, batches, strict=True)):
@@ -303,7 +197,7 @@ def test_a_layer_of_ones_own_is_trained_as_alone_whatever_the_layout_of_its_grad
                 layer.__class__ = Transposed
         return member, loader
 
-    monkeypatch.setitem(globals(), "made", changed)
+    monkeypatch.setattr(stacks, "made", changed)
     monkeypatch.setattr(traced, "TRACED_AFTER", 2)
     configs = configs_of(tiny, "beta_vae", "data.limit=40", "data.batch_size=20")
     layer = next(part for part in changed(configs[0])[0].vae.encoder.modules() if type(part) is Transposed)
@@ -320,7 +214,7 @@ def test_a_program_has_the_bits_of_the_steps_that_it_stands_for(tiny, monkeypatc
     pairs = [made(tiny(f"objective/schedule={schedule[0]}", schedule[1], f"seed={n}")) for n in (1, 2)]
     stack = Stack([member for member, _ in pairs])
     batches = [next(iter(loader)) for _, loader in pairs]
-    batch, noise = stack._together(batches), stack._drawn(stack._plan(batches, 3), [b.seed for b in batches])
+    batch, noise = stack._together(batches), stack._drawn(batches, 3)
     for step in (3, 5, 6, 47, 60):
         found = []
         for function in (stack._gradients, stack._programs):

@@ -61,9 +61,9 @@ class Packed(Launcher):
         for number, overrides in jobs.items():
             log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
         configs = {number: self._config(number, overrides) for number, overrides in jobs.items()}
-        groups = collections.defaultdict[str, list[int]](list)
+        groups = collections.defaultdict[tuple[str, str], list[int]](list)
         for number, config in configs.items():
-            groups[kind(config)].append(number)
+            groups[kind(config), str(OmegaConf.select(config, "model.latent_dim"))].append(number)
 
         done: dict[int, JobReturn] = {}
         shared = SHARED.set({})
@@ -76,8 +76,10 @@ class Packed(Launcher):
                     f"Not packed: {count} runs have {reason}, which gain little or nothing from it on a CPU: joblib runs "
                     "them side by side."
                 )
-            packs = [group for group in groups.values() if not why[group[0]]]
-            for group in packs:
+            packs = collections.defaultdict[str, list[int]](list)
+            for (alike, _), group in sorted(groups.items(), key=lambda entry: (len(entry[0][1]), entry[0])):
+                packs[alike] += [] if why[group[0]] else group
+            for group in packs.values():
                 for numbers in (group[first : first + self.most] for first in range(0, len(group), self.most)):
                     done |= self._pack(numbers, configs)
         finally:
@@ -134,7 +136,7 @@ class Packed(Launcher):
 
 
 def kind(config: DictConfig) -> str:
-    """The settings that runs of one pack must have in common."""
+    """The settings that runs of one pack must have in common. Their latents may differ in size (`vae.engine.padding`)."""
     from vae.engine.folder import settings
 
     names = [str(key) for key in config if key not in ("hydra", "seed", *TRANSIENT)]
@@ -142,7 +144,8 @@ def kind(config: DictConfig) -> str:
     kept = {
         key: value
         for key, value in settings(plain).items()
-        if not (key.partition(".")[0] in NUMBERS and (value is None or isinstance(value, int | float)))
+        if key != "model.latent_dim"
+        and not (key.partition(".")[0] in NUMBERS and (value is None or isinstance(value, int | float)))
     }
     return repr(sorted(kept.items(), key=lambda entry: entry[0]))
 

@@ -27,27 +27,41 @@ from vae.engine.checkpoints import Interruptible
 from vae.engine.draws import Unpackable
 from vae.engine.lean import LeanLoop
 from vae.engine.module import VAEModule
+from vae.engine.padding import is_paddable
 from vae.engine.stack import Member, Stack
 from vae.engine.structure import signature
 from vae.engine.working_memory import bytes_of_run, free_bytes
 
 MOST_BYTES = 64 * 2**20  # of the loaded batches of a run that wait to be trained on
+#: Weights times images by which padding may lengthen a step on a CPU for each size of the latent that needs no stack of its
+#: own then: as long takes what a step of another stack costs besides (`benchmarks/pack.py`, AMD EPYC).
+MOST_PADDING = 8_000_000
 MOST_SECONDS = 1.0  # that a pack trains before its runs may look whether a checkpoint is due
 
 
 @dataclass
 class Request:
-    """What a run asks for: to be trained on these batches. Runs of the same `key` can be."""
+    """What a run asks for: to be trained on these batches. Runs of the same `key` can be, at once."""
 
     member: Member
     batches: list[Loaded]
     step: int
     structure: str
     alone: str | None = None  # why it must be trained by itself, if it must
+    padded: str | None = None  # the structure but for the size of the latent, if that may differ
+
+    def key(self, padded: bool) -> tuple[Any, ...]:
+        """What requests that can be answered at once have in common; padded: their latents may differ in size."""
+        structure = self.padded if padded and self.padded is not None else self.structure
+        return structure, self.step, tuple(batch.size for batch in self.batches)
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        return self.structure, self.step, tuple(batch.size for batch in self.batches)
+    def latent_dim(self) -> int:
+        return self.member.vae.latent_dim
+
+    @property
+    def weights(self) -> int:
+        return sum(parameter.numel() for parameter in self.member.both.parameters())
 
 
 @dataclass
@@ -88,7 +102,14 @@ class PackedLoop(LeanLoop):
         waiting = self._batches(data_fetcher)
         module: Any = self.trainer.lightning_module
         answer = seat.ask(
-            Request(self._member, [batch for batch, _ in waiting], module.steps, self._structure, self._why_alone)
+            Request(
+                self._member,
+                [batch for batch, _ in waiting],
+                module.steps,
+                self._structure,
+                self._why_alone,
+                self._padded,
+            )
         )
         self._alone, self._most = answer.alone, answer.most
         done = len(answer.terms)
@@ -158,6 +179,12 @@ class PackedLoop(LeanLoop):
     def _structure(self) -> str:
         return signature(self._member, self.trainer)
 
+    @functools.cached_property
+    def _padded(self) -> str | None:
+        member = self._member
+        paddable = is_paddable(member.vae, member.objective)
+        return signature(member, self.trainer, sizes=False) if paddable else None
+
     # --- after ------------------------------------------------------------------------------------------------------
 
     def _count(self, batch: Loaded, is_last: bool, terms: dict[str, Tensor]) -> None:
@@ -217,6 +244,7 @@ class Pack:
         self.log = logging.getLogger(__name__)
         self._stack: tuple[list[turns.Seat], Stack] | None = None
         self._told: set[int] = set()  # the runs that it was said of
+        self._unpaddable: set[str | None] = set()  # structures that were found to be so
 
     def run(self, jobs: Sequence[Callable[[], Any]], swap: Callable[[Any], Any] = lambda around: around) -> list[Any]:
         """What the jobs return. Whatever one raises ends all of them, each where it stands, and is raised again."""
@@ -242,11 +270,23 @@ class Pack:
         return [seat.result for seat in seats]
 
     def _partners(self, pending: Sequence[turns.Seat]) -> list[turns.Seat]:
-        """The first that waits, with all that can be trained with it and fit into memory."""
-        first = pending[0].request
+        """Of the first that waits and all that can be trained with it, those that gain by it."""
+        first: Request = pending[0].request
         if first.alone:
             return [pending[0]]
-        return [seat for seat in pending if not seat.request.alone and seat.request.key == first.key]
+        padded = first.padded not in self._unpaddable
+        alike = [s for s in pending if not s.request.alone and s.request.key(padded) == first.key(padded)]
+        of_size = collections.defaultdict[int, list[turns.Seat]](list)
+        for seat in alike:
+            of_size[seat.request.latent_dim].append(seat)
+        most = of_size[max(of_size)][0].request.weights
+        gaining = {
+            latent_dim
+            for latent_dim, seats in of_size.items()
+            if len(seats) * (most - seats[0].request.weights) * first.batches[0].size <= MOST_PADDING
+            or next(first.member.both.parameters()).device.type != "cpu"
+        }
+        return [seat for seat in alike if seat.request.latent_dim in gaining]
 
     def _tell_apart(self, pending: Sequence[turns.Seat]) -> None:
         left, apart = list(pending), collections.defaultdict[str, list[int]](list)
@@ -280,13 +320,20 @@ class Pack:
             terms = self._stack[1].train(blocks, requests[0].step)
         except Exception as error:
             self._stack = None
+            if len({seat.request.latent_dim for seat in together}) > 1:
+                self.log.debug(f"Latents of other sizes are not padded: {reason_of(error)}")
+                self._unpaddable.add(together[0].request.padded)
+                self._tell_apart(together)
+                return self._answer(pending)
             self._say_alone([self.numbers[id(seat)] for seat in together], reason_of(error))
             for seat in together:
                 seat.moment = None
             return together, [Answer(alone=True) for _ in together]
         if not any(id(seat) in self._told for seat in together):
             self._told |= {id(seat) for seat in together}
-            self.log.info(f"Packed: {len(together)} runs are trained as one program.")
+            sizes = sorted({seat.request.latent_dim for seat in together})
+            padded = f", latents of {', '.join(map(str, sizes[:-1]))} padded to {sizes[-1]}" if len(sizes) > 1 else ""
+            self.log.info(f"Packed: {len(together)} runs are trained as one program{padded}.")
         ended = time.monotonic()
         seconds = ended - started
         most = max(1, int(MOST_SECONDS * len(blocks) / max(seconds, 1e-6)))
@@ -297,7 +344,7 @@ class Pack:
 
     def _fitting(self, together: list[turns.Seat]) -> list[turns.Seat]:
         """As many of these as fit into memory. Raises Unpackable where that is one."""
-        first: Request = together[0].request
+        first: Request = max((seat.request for seat in together), key=lambda request: request.weights)
         fitting = int(free_bytes(first.member) // bytes_of_run(first.member, first.batches[0]))
         if fitting >= len(together):
             return together

@@ -1,7 +1,8 @@
 """Runs of one structure trained as one program: their weights, buffers and optimisers' states stacked, run by run.
 
-A stack of K runs has every parameter and buffer as one tensor (K, ...), of which those of the runs are views: what else
-looks at a run, such as its validation or its checkpoint, finds it as if it were alone. A step is the objective under
+A stack of K runs has every parameter and buffer as one tensor (K, ...), of which those of the runs are views, or which they
+are read from where their latents differ in size (`vae.engine.padding`): what else looks at a run, such as its validation or
+its checkpoint, finds it as if it were alone. A step is the objective under
 `torch.vmap`, one backward pass and one step of an optimiser over the stack, so that the operators of a step do not grow
 with the number of runs. Only what a run draws is drawn for each by itself, from its own generator as it would be alone.
 """
@@ -20,6 +21,7 @@ from vae.data.images import Batch, Loaded
 from vae.data.module import ImageDataModule
 from vae.engine.draws import Call, Drawn, NoSeed, Unpackable, Watched
 from vae.engine.gathering import Gatherer
+from vae.engine.padding import Stacking
 from vae.engine.stacked_optimizer import StackedOptimizer
 from vae.engine.template import Template, untouched
 from vae.engine.traced import Programs, Result
@@ -70,30 +72,32 @@ class Both(nn.Module):
 
 
 class Stack:
-    """K runs as one program. All have one structure (`vae.engine.structure.signature`), the same device, and are at the
-    same step. Raises Unpackable from `train` where the runs turn out to be different from what they would be alone, before
-    anything was changed.
+    """K runs as one program. All have one structure (`vae.engine.structure.signature`) but for the size of the latent, are on
+    the same device, and are at the same step. Raises Unpackable from `train` where the runs turn out to be different from
+    what they would be alone, before anything was changed.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
-        first = self.members[0].both
+        self.stacking = Stacking([member.vae.latent_dim for member in self.members])
+        self.largest = self.members[self.stacking.largest]
+        first = self.largest.both
         self.device = next(first.parameters()).device
         self.parameters = {
-            name: _stacked([member.both.get_parameter(name) for member in self.members]).requires_grad_(
-                parameter.requires_grad
-            )
+            name: self.stacking.together(
+                name, [member.both.get_parameter(name) for member in self.members]
+            ).requires_grad_(parameter.requires_grad)
             for name, parameter in first.named_parameters()
         }
         self.buffers = {
-            name: _stacked([member.both.get_buffer(name) for member in self.members])
+            name: self.stacking.together(name, [member.both.get_buffer(name) for member in self.members])
             for name, _ in first.named_buffers()
         }
         self.trained = {name: p for name, p in self.parameters.items() if p.requires_grad}
         self._state = [*self.parameters.values(), *self.buffers.values()]
         self._template = Template(first, [*self.parameters, *self.buffers])
-        self.optimizer = StackedOptimizer(self.members, self.trained)
-        self._plans: dict[Any, list[Call]] = {}
+        self.optimizer = StackedOptimizer(self.members, self.trained, self.stacking)
+        self._plans: dict[tuple[int, int], list[Call]] = {}  # by the images of a batch, and the size of the latent
         self._together = Gatherer(self.members, self.device)
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in first.modules())
         self._programs = None if hooked else Programs(self._gradients, self._state, [*self.buffers.values()])
@@ -109,6 +113,7 @@ class Stack:
         if self._failed is not None:
             raise self._failed
         found: list[dict[str, Tensor]] = []
+        self.stacking.take_over()
         self.optimizer.begin()
         for number, batches in enumerate(blocks, step):
             try:
@@ -119,13 +124,13 @@ class Stack:
                 self._failed = error  # what was done is done
                 break
         self.optimizer.end()
+        self.stacking.hand_back()
         return found
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def _step(self, batches: Sequence[Loaded], step: int) -> dict[str, Tensor]:
-        batch, plan = self._together(batches), self._plan(batches, step)
-        noise = self._drawn(plan, [batch.seed for batch in batches])
+        batch, noise = self._together(batches), self._drawn(batches, step)
         if not self._tried:
             with untouched(self.buffers.values()):
                 self._try(batch, batches, noise, step)
@@ -137,15 +142,14 @@ class Stack:
 
     def _gradients(self, batch: Batch, noise: list[Tensor], step: Any, observe: bool = True) -> Result:
         terms = self._terms(batch, noise, step, observe)
-        parameters = list(self.trained.values())
-        gradients = torch.autograd.grad(terms["loss"].sum(), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(terms["loss"].sum(), [*self.trained.values()], allow_unused=True)
         return terms, [
-            None if gradient is None else _laid_out_as(parameter, gradient)
-            for parameter, gradient in zip(parameters, gradients, strict=True)
+            None if gradient is None else self.stacking.masked(name, _laid_out_as(parameter, gradient))
+            for (name, parameter), gradient in zip(self.trained.items(), gradients, strict=True)
         ]
 
     def _terms(self, batch: Batch, noise: list[Tensor], step: Any, observe: bool) -> dict[str, Tensor]:
-        template, plan = self.members[0], self._plans[len(batch.x[0])]
+        template, plan = self.largest, self._plans[len(batch.x[0]), self.stacking.most]
         placeholder = torch.Generator()  # never drawn from: `Drawn` answers in its place
 
         def of_one(
@@ -176,32 +180,40 @@ class Stack:
 
     # --- the batches, and what is drawn -----------------------------------------------------------------------------
 
-    def _plan(self, batches: Sequence[Loaded], step: int) -> list[Call]:
-        """What a run draws in a step on so many images, in its order: found out once, from the first."""
-        images = batches[0].size
-        if images not in self._plans:
-            first, batch = self.members[0], batches[0]
+    def _plan(self, member: Member, batch: Loaded, step: int) -> list[Call]:
+        """What a run draws in a step on so many images, in its order: found out once for each size of the latent."""
+        key = batch.size, member.vae.latent_dim
+        if key not in self._plans:
             noise = generator(batch.seed, "z", device=self.device)
-            with untouched(self.buffers.values()), Watched(noise) as watched, first.context():
-                first.both(first.prepared(batch, self.device), noise, step, observe=False)
-            self._plans[images] = watched.calls
-        return self._plans[images]
+            with untouched(member.both.buffers()), Watched(noise) as watched, member.context():
+                member.both(member.prepared(batch, self.device), noise, step, observe=False)
+            self._plans[key] = watched.calls
+        return self._plans[key]
 
-    def _drawn(self, plan: list[Call], seeds: Sequence[int]) -> list[Tensor]:
+    def _drawn(self, batches: Sequence[Loaded], step: int) -> list[Tensor]:
         """The draws of a step, (K, ...) each."""
-        if not plan:
-            return []
+        plans = [self._plan(member, batch, step) for member, batch in zip(self.members, batches, strict=True)]
         of_runs = [
             [call.function(*call.arguments, generator=noise, **call.options) for call in plan]
-            for noise in generators(seeds, "z", self.device)
+            for plan, noise in zip(plans, generators([batch.seed for batch in batches], "z", self.device), strict=True)
         ]
-        return [torch.stack(draws) for draws in zip(*of_runs, strict=True)]
+        full = of_runs[self.stacking.largest]
+        if any(len(draws) != len(full) for draws in of_runs):
+            raise Unpackable("how much it draws depends on the size of the latent")
+        return [
+            torch.stack([self.stacking.filled_up(draw, draws[self.stacking.largest].shape) for draw in draws])
+            for draws in zip(*of_runs, strict=True)
+        ]
 
     # --- before it is trusted ---------------------------------------------------------------------------------------
 
     def _try(self, batch: Batch, batches: Sequence[Loaded], noise: list[Tensor], step: int) -> None:
         """Raises Unpackable unless loss and gradient of each run are those of the run alone, to within rounding."""
         terms, together = self._gradients(batch, noise, step, observe=False)
+        apart = [
+            None if gradient is None else self.stacking.apart(name, gradient)
+            for name, gradient in zip(self.trained, together, strict=True)
+        ]
         exact = torch.finfo(terms["loss"].dtype).eps ** 0.5 if self.members[0].context is nullcontext else 0.1
         for number, (member, own) in enumerate(zip(self.members, batches, strict=True)):
             noise_of_own = generator(own.seed, "z", device=self.device)
@@ -210,11 +222,11 @@ class Stack:
             parameters = [member.both.get_parameter(name) for name in self.trained]
             alone = torch.autograd.grad(loss, parameters, allow_unused=True)
             pairs = [(terms["loss"][number], loss)]
-            for a, b in zip(together, alone, strict=True):
-                if (a is None) != (b is None):
+            for of_runs, of_run in zip(apart, alone, strict=True):
+                if (of_runs is None) != (of_run is None):
                     raise Unpackable("the gradient of a run in the pack is not that of the run alone")
-                if a is not None and b is not None:
-                    pairs.append((a[number], b))
+                if of_runs is not None and of_run is not None:
+                    pairs.append((of_runs[number], of_run))
             largest = max((float(b.abs().max()) for _, b in pairs[1:] if b.numel()), default=0.0)
             for place, (a, b) in enumerate(pairs):
                 within = exact * (largest if place else float(b.detach().abs()))
@@ -228,14 +240,6 @@ class Stack:
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
-
-
-def _stacked(of_runs: Sequence[Tensor]) -> Tensor:
-    """Tensors of the runs as one, (K, ...), of which they become views."""
-    stack = torch.stack([value.detach() for value in of_runs])
-    for value, view in zip(of_runs, stack.unbind(), strict=True):
-        value.data = view
-    return stack
 
 
 def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:

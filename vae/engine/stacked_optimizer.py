@@ -1,7 +1,7 @@
 """One step of an optimiser for many runs at once, to the same numbers as a step of each run's own.
 
 Adam and AdamW, which a rate for every element is all the same to, step over the stack as torch's own does over a run;
-any other optimiser takes the step of each run by itself, on views of the stack.
+any other optimiser takes the step of each run by itself, on the run's own tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from vae.engine.fused_adam import MOMENTS, VARIANTS, fused_adam, is_decoupled
 
 if TYPE_CHECKING:
+    from vae.engine.padding import Stacking
     from vae.engine.stack import Member
 
 #: Options of a parameter group that runs of one stack may differ in.
@@ -24,10 +25,11 @@ RATES = ("lr", "initial_lr", "weight_decay")
 class StackedOptimizer:
     """Steps of the optimisers of `members` over stacked parameters (K, ...) by name.
 
-    The state of each run's own optimiser is kept in step: its moments are views, its counts are set by `end`.
+    The state of each run's own optimiser is kept in step: moments are stacked as weights are, counts are set by `end`.
     """
 
-    def __init__(self, members: Sequence[Member], parameters: dict[str, Tensor]) -> None:
+    def __init__(self, members: Sequence[Member], parameters: dict[str, Tensor], stacking: Stacking) -> None:
+        self.stacking, self.names = stacking, list(parameters)
         self.optimizers = [member.optimizer for member in members]
         self.own = [[member.both.get_parameter(name) for name in parameters] for member in members]
         self.stack = list(parameters.values())
@@ -56,9 +58,7 @@ class StackedOptimizer:
                 state.update({name: torch.zeros_like(own[place]) for name in MOMENTS})
         together = {"step": states[0]["step"].clone().to(torch.float32).to(stack.device)}
         for name in MOMENTS:
-            together[name] = torch.stack([state[name] for state in states])
-            for state, view in zip(states, together[name].unbind(), strict=True):
-                state[name] = view
+            together[name] = self.stacking.together(self.names[place], [state[name] for state in states])
         self.state[place] = together
 
     def begin(self) -> None:
@@ -120,11 +120,14 @@ class StackedOptimizer:
         return torch.tensor(numbers, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.ndim - 1))
 
     def _one_by_one(self, gradients: Sequence[Tensor | None]) -> None:
-        for number, (optimizer, own) in enumerate(zip(self.optimizers, self.own, strict=True)):
-            for parameter, gradient in zip(own, gradients, strict=True):
-                parameter.grad = None if gradient is None else gradient[number]
+        for name, gradient, of_runs in zip(self.names, gradients, zip(*self.own, strict=True), strict=True):
+            apart = [None] * len(of_runs) if gradient is None else self.stacking.apart(name, gradient)
+            for parameter, own in zip(of_runs, apart, strict=True):
+                parameter.grad = own
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        self.stacking.take_over()
 
     def end(self) -> None:
         """Bring each run's own count of steps up to date."""

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vae.engine.padding import SIZES
 from vae.engine.stack import Member
 from vae.engine.stacked_optimizer import RATES
 
 
-def signature(member: Member, trainer: Any = None) -> str:
-    """What runs must have in common to be one program: all that is no parameter, buffer or rate.
+def signature(member: Member, trainer: Any = None, sizes: bool = True) -> str:
+    """What runs must have in common to be one program: all that is no parameter, buffer or rate. sizes: with the shapes of
+    tensors, and what follows from the size of the latent.
 
     Kinds and plain attributes of every module, names, shapes and types of tensors, the optimiser's options, and what the
     batches are prepared by.
@@ -22,10 +24,10 @@ def signature(member: Member, trainer: Any = None) -> str:
     found: list[Any] = []
     of_every_module = set(vars(nn.Module()))
     for name, module in member.both.named_modules():
-        kept = {k: v for k, v in vars(module).items() if k not in of_every_module}
+        kept = {k: v for k, v in vars(module).items() if k not in of_every_module and (sizes or k not in SIZES)}
         found.append((name, type(module), sorted((k, _plain(v)) for k, v in kept.items())))
     tensors = [*member.both.named_parameters(), *member.both.named_buffers()]
-    found += [(name, tuple(t.shape), t.dtype, t.device, t.requires_grad) for name, t in tensors]
+    found += [(name, tuple(t.shape) if sizes else t.ndim, t.dtype, t.device, t.requires_grad) for name, t in tensors]
     optimizer = member.optimizer
     places = {id(parameter): name for name, parameter in member.both.named_parameters()}
     found.append(type(optimizer))

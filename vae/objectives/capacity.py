@@ -28,6 +28,7 @@ class Capacity(SinglePass):
     """
 
     unpackable = None
+    paddable = True
     of_whole_batches = True  # the mean distance from C is larger in a smaller batch
     capacity: Tensor
     gamma: Tensor
@@ -71,6 +72,10 @@ class FreeBits(SinglePass):
             raise VAEError(f"objective.groups={groups} must be at least 1, or null for a group a dimension.")
         self.register_buffer("free_nats", torch.tensor(float(free_nats)))
         self.groups = groups
+
+    @property
+    def paddable(self) -> bool:  # type: ignore[override]
+        return self.groups == 1
 
     def setup(self, vae: VAE, data: ImageDataModule) -> None:
         if self.groups != 1:

@@ -85,6 +85,7 @@ class DIPVAEII(DIPVAEI):
     """
 
     ratio = 1.0
+    paddable = True  # the variance that is held to 1 is 1 there
 
     def covariance(self, posterior: DiagonalGaussian) -> Tensor:
         return covariance(posterior.mean) + torch.diag(posterior.log_var.exp().mean(0))

@@ -48,6 +48,9 @@ class Objective(nn.Module):
     #: each number that is state is a buffer, no Python branch looks at the value of a tensor, no hook is put on one, and
     #: every draw comes from `generator`, of a shape that no tensor's values decide.
     unpackable: str | None = "it does not say that it can be packed, by unpackable = None"
+    #: Whether it may be packed with runs whose latents are of another size (`vae.engine.padding`): a latent dimension of which
+    #: q(z|x) and p(z) are N(0, 1), with z = 0 and no weight on it, changes none of its terms.
+    paddable = False
     #: What forbids that several batches make one step (`trainer.accumulate_grad_batches`), or None where they may.
     unaccumulable: str | None = None
     #: How many batches are trained on before all parts of it count.
@@ -131,6 +134,7 @@ class BetaVAE(SinglePass):
     """distortion + beta * rate: the negative ELBO at beta = 1 (Kingma & Welling 2014), Higgins et al. 2017 otherwise."""
 
     unpackable = None
+    paddable = True
     of_codes = True
 
     def of_pass(self, out: VAEOutput, step: int) -> dict[str, Tensor]:

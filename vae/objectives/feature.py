@@ -59,6 +59,7 @@ class Feature(Objective):
     """
 
     unpackable = None
+    paddable = True
     lambda_feature: Tensor
 
     def __init__(

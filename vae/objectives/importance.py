@@ -60,6 +60,8 @@ class MIWAE(Objective):
     the same draws. Raises VAEError for less than one group or sample, or an unknown estimator.
     """
 
+    paddable = True
+
     def __init__(
         self,
         groups: int,

@@ -108,6 +108,7 @@ class BetaTCVAE(Objective):
 
     of_whole_batches = True
     unpackable = None
+    paddable = True  # the weights of a row add up to 1, so that what such a dimension adds to each density cancels
     alpha: Tensor
     gamma: Tensor
 
