@@ -14,6 +14,7 @@ from vae.engine.draws import Unpackable
 from vae.engine.padding import Stacking, is_paddable, places
 from vae.engine.stack import Stack
 from vae.engine.structure import signature
+from vae.objectives.elbo import BetaVAE
 from vae.seeding import generator
 
 pytestmark = pytest.mark.usefixtures("quick_classifier")
@@ -195,6 +196,16 @@ def test_and_is_right_not_to_be(tiny, float64, monkeypatch, objective):
     assert not members[0].objective.paddable
     with pytest.raises(Unpackable):
         packed(members, loaders, 1, fixed=False)
+
+
+def test_an_objective_of_ones_own_says_for_itself_whether_it_can_be_padded():
+    class Silent(BetaVAE):
+        pass
+
+    class Says(Silent):
+        paddable = True
+
+    assert (BetaVAE().paddable, Silent().paddable, Says().paddable) == (True, False, True)
 
 
 class Flipped(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,17 @@ class Objective(nn.Module):
     #: every draw comes from `generator`, of a shape that no tensor's values decide.
     unpackable: str | None = "it does not say that it can be packed, by unpackable = None"
     #: Whether it may be packed with runs whose latents are of another size (`vae.engine.padding`): a latent dimension of which
-    #: q(z|x) and p(z) are N(0, 1), with z = 0 and no weight on it, changes none of its terms.
+    #: q(z|x) and p(z) are N(0, 1), with z = 0 and no weight on it, changes none of its terms. A subclass says so for itself.
     paddable = False
     #: What forbids that several batches make one step (`trainer.accumulate_grad_batches`), or None where they may.
     unaccumulable: str | None = None
     #: How many batches are trained on before all parts of it count.
     start_step = 0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "paddable" not in vars(cls):
+            cls.paddable = False
 
     def __init__(self, beta: float = 1.0, schedule: nn.Module | None = None) -> None:
         super().__init__()

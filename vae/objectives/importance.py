@@ -139,6 +139,8 @@ class _LogPosterior(nn.Module):
 class IWAE(MIWAE):
     """log 1/K sum_i w_i with K = `samples`; Burda et al. 2016, equation 8."""
 
+    paddable = True
+
     def __init__(
         self,
         samples: int = 50,
@@ -155,6 +157,7 @@ class CIWAE(IWAE):
     The ELBO is taken as the mean of log w. Raises VAEError unless 0 <= mix <= 1.
     """
 
+    paddable = True
     mix: Tensor
 
     def __init__(

@@ -30,6 +30,7 @@ class CVAE(BetaVAE):
     """
 
     conditional = True
+    paddable = True
 
     def setup(self, vae: VAE, data: ImageDataModule) -> None:
         if data.labelled_fraction < 1:
