@@ -45,7 +45,13 @@ def make_environment() -> Path:
 def project(options: argparse.Namespace) -> dict[str, Any]:
     import step
 
-    overrides = ["data=mnist", "model.latent_dim=20", f"data.batch_size={BATCH}", f"data.limit={options.images}"]
+    overrides = [
+        "data=mnist",
+        "model.latent_dim=20",
+        f"data.batch_size={BATCH}",
+        f"data.limit={options.images}",
+        f"threads={options.threads}",
+    ]
     return step.compare_steps("mlp", overrides, options.repetitions, "cpu")
 
 
@@ -164,7 +170,7 @@ def measure(options: argparse.Namespace) -> None:
     import report
     import torch
 
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(options.threads)
     load = os.getloadavg()[0]
     rows = {
         "this project": project(options),
@@ -174,7 +180,7 @@ def measure(options: argparse.Namespace) -> None:
     }
     for row in rows.values():
         row["seconds_an_epoch"] = row["project_ms"] / 1e3 * -(-55_000 // BATCH)
-    results = {"environments": {"peers": report.conditions("auto", load)}, "peers": rows}
+    results = {"environments": {"peers": report.conditions(str(options.threads), load)}, "peers": rows}
     report.show(report.write_results(options.out, "peers", results))
 
 
@@ -182,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=25_600, help="of MNIST, an epoch")
     parser.add_argument("--repetitions", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1, help="of every process, the bare loops' too")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
