@@ -79,8 +79,6 @@ class Stacking:
             stack = values[0].new_zeros(len(values), *shapes[self.largest])
             own = torch.cat([value.flatten() for value in values])
             self._padded.append((stack, index, own))
-            self._masks[name] = torch.zeros_like(stack)
-            self._masks[name].view(-1).index_fill_(0, index, 1.0)
             stack.view(-1).index_copy_(0, index, own)
             views = _in_shapes(own, shapes)
         for value, view in zip(of_runs, views, strict=True):
@@ -124,6 +122,8 @@ class Stacking:
                     raise Unpackable(f"{name} has another shape with another size of the latent")
                 parts.append(run * full.numel() + part.flatten())
             self._index[name] = torch.cat(parts).to(values[0].device)
+            mask = values[0].new_zeros(len(values) * full.numel()).index_fill_(0, self._index[name], 1.0)
+            self._masks[name] = mask.view(-1, *full)
             self._shapes[name] = [value.shape for value in values]
         return self._index[name], self._shapes[name]
 
