@@ -192,7 +192,11 @@ class Stack:
 
     def _drawn(self, batches: Sequence[Loaded], step: int) -> list[Tensor]:
         """The draws of a step, (K, ...) each."""
-        plans = [self._plan(member, batch, step) for member, batch in zip(self.members, batches, strict=True)]
+        of_size: dict[int, list[Call]] = {}
+        for latent_dim, member, batch in zip(self.stacking.latent_dims, self.members, batches, strict=True):
+            if latent_dim not in of_size:
+                of_size[latent_dim] = self._plan(member, batch, step)
+        plans = [of_size[latent_dim] for latent_dim in self.stacking.latent_dims]
         of_runs = [
             [call.function(*call.arguments, generator=noise, **call.options) for call in plan]
             for plan, noise in zip(plans, generators([batch.seed for batch in batches], "z", self.device), strict=True)
