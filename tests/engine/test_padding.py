@@ -189,7 +189,7 @@ def test_a_regulariser_may_look_at_the_latent(tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", UNPADDABLE)
-def test_and_is_right_not_to_be(tiny, float64, monkeypatch, objective):
+def test_and_is_right_not_to_be(tiny, float64, objective):
     """An objective that does not say it can be padded, and yet can, is one that should say so."""
     configs = of_sizes(tiny, objective)
     members, loaders = zip(*[made(config) for config in configs], strict=True)
