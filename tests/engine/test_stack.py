@@ -16,13 +16,14 @@ from torch import nn
 from vae.cli import CONFIGS
 from vae.data.images import Batch, Images, Unread
 from vae.engine import batched, traced
+from vae.engine import stack as stack_module
 from vae.engine.draws import Unpackable
 from vae.engine.gathering import Gatherer
 from vae.engine.stack import Stack
 from vae.engine.structure import signature
 from vae.engine.template import untouched
 from vae.engine.working_memory import bytes_of_run, free_bytes
-from vae.seeding import generator
+from vae.seeding import generator, generators
 
 pytestmark = pytest.mark.usefixtures("quick_classifier")
 
@@ -162,6 +163,32 @@ def test_runs_in_a_stack_draw_what_they_draw_alone(tiny):
         for draw in drawn:
             assert torch.equal(draw[run], torch.randn(32, 3, generator=noise))
         assert torch.equal(prepared.x[run], member.data.prepare(batch, training=True).x)
+
+
+def test_what_runs_of_one_seed_draw_is_drawn_once(tiny, monkeypatch):
+    pairs = [made(tiny(f"seed={seed}", f"objective.beta={beta}")) for seed in (1, 2) for beta in (1, 2, 4)]
+    stack = Stack([member for member, _ in pairs])
+    batches = [next(iter(loader)) for _, loader in pairs]
+    stack._drawn(batches, 0)  # finds out what a run draws
+    seeds = []
+    monkeypatch.setattr(stack_module, "generators", lambda own, *where: seeds.extend(own) or generators(own, *where))
+    (drawn,) = stack._drawn(batches, 0)
+    assert seeds == [batches[0].seed, batches[3].seed]
+    for run, batch in enumerate(batches):
+        assert torch.equal(drawn[run], torch.randn(32, 3, generator=generator(batch.seed, "z")))
+
+
+def test_a_program_writes_over_what_is_not_read_again(tiny, monkeypatch):
+    monkeypatch.setattr(traced, "TRACED_AFTER", 0)
+    pairs = [made(tiny(f"seed={n}")) for n in (1, 2)]
+    stack = Stack([member for member, _ in pairs])
+    batches = [next(iter(loader)) for _, loader in pairs]
+    batch, noise = stack._together(batches), stack._drawn(batches, 0)
+    stack._programs(batch, noise, 0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        stack._programs(batch, noise, 1)
+    called = {event.name for event in seen.events()}
+    assert "aten::relu_" in called and "aten::relu" not in called
 
 
 @pytest.mark.slow

@@ -196,11 +196,14 @@ class Stack:
         for latent_dim, member, batch in zip(self.stacking.latent_dims, self.members, batches, strict=True):
             if latent_dim not in of_size:
                 of_size[latent_dim] = self._plan(member, batch, step)
-        plans = [of_size[latent_dim] for latent_dim in self.stacking.latent_dims]
-        of_runs = [
-            [call.function(*call.arguments, generator=noise, **call.options) for call in plan]
-            for plan, noise in zip(plans, generators([batch.seed for batch in batches], "z", self.device), strict=True)
-        ]
+        # Runs of one seed draw the same.
+        drawn: dict[tuple[int, int], list[Tensor]] = {}
+        which = [(batch.seed, latent_dim) for batch, latent_dim in zip(batches, self.stacking.latent_dims, strict=True)]
+        once = [*dict.fromkeys(which)]
+        for key, noise in zip(once, generators([seed for seed, _ in once], "z", self.device), strict=True):
+            plan = of_size[key[1]]
+            drawn[key] = [call.function(*call.arguments, generator=noise, **call.options) for call in plan]
+        of_runs = [drawn[key] for key in which]
         full = of_runs[self.stacking.largest]
         if any(len(draws) != len(full) for draws in of_runs):
             raise Unpackable("how much it draws depends on the size of the latent")

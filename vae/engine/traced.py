@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from vae.data.images import Batch
+from vae.engine.operators import as_methods, in_place, without_aliases
 from vae.engine.template import untouched
 
 TRACED_AFTER = 128  # steps on batches of one size: tracing takes a third of a second, which as many more steps save
-
-#: Operators that return the tensor they are given.
-ALIASES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
 
 Outputs = list[Any]  # tensors, and None where a gradient is none
 Function = Callable[..., Outputs]
@@ -134,10 +132,9 @@ def traced(function: Function, *examples: Tensor) -> Function:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     module = make_fx(function)(*examples)
-    for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in ALIASES:
-            node.replace_all_uses_with(node.args[0])
-            module.graph.erase_node(node)
+    without_aliases(module.graph)
+    in_place(module.graph)
+    as_methods(module.graph)
     module.recompile()  # and nothing is left out: old torch takes what changes a buffer for dead code
     return torch.no_grad()(module.forward)
 
