@@ -191,19 +191,16 @@ class Stack:
         return self._plans[key]
 
     def _drawn(self, batches: Sequence[Loaded], step: int) -> list[Tensor]:
-        """The draws of a step, (K, ...) each."""
-        of_size: dict[int, list[Call]] = {}
+        """The draws of a step, (K, ...) each. Runs of one seed draw the same, but for the size of their latents."""
+        plans: dict[int, list[Call]] = {}
         for latent_dim, member, batch in zip(self.stacking.latent_dims, self.members, batches, strict=True):
-            if latent_dim not in of_size:
-                of_size[latent_dim] = self._plan(member, batch, step)
-        # Runs of one seed draw the same.
-        drawn: dict[tuple[int, int], list[Tensor]] = {}
-        which = [(batch.seed, latent_dim) for batch, latent_dim in zip(batches, self.stacking.latent_dims, strict=True)]
-        once = [*dict.fromkeys(which)]
+            if latent_dim not in plans:
+                plans[latent_dim] = self._plan(member, batch, step)
+        keys = [(batch.seed, latent_dim) for batch, latent_dim in zip(batches, self.stacking.latent_dims, strict=True)]
+        once, drawn = [*dict.fromkeys(keys)], {}
         for key, noise in zip(once, generators([seed for seed, _ in once], "z", self.device), strict=True):
-            plan = of_size[key[1]]
-            drawn[key] = [call.function(*call.arguments, generator=noise, **call.options) for call in plan]
-        of_runs = [drawn[key] for key in which]
+            drawn[key] = [call.function(*call.arguments, generator=noise, **call.options) for call in plans[key[1]]]
+        of_runs = [drawn[key] for key in keys]
         full = of_runs[self.stacking.largest]
         if any(len(draws) != len(full) for draws in of_runs):
             raise Unpackable("how much it draws depends on the size of the latent")
