@@ -8,6 +8,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 import torch.distributions as td
+import torch.nn.functional as F
 
 from vae.errors import VAEError
 from vae.likelihoods import (
@@ -23,6 +24,7 @@ from vae.likelihoods import (
     PixelSigmaGaussian,
     clipped_logistic_mean,
     continuous_bernoulli_mean,
+    cross_entropy,
     log_sinhc,
 )
 
@@ -80,6 +82,54 @@ def test_bernoulli_neither_overflows_nor_clips_where_it_is_nearly_certain():
     logits, x = torch.tensor([[18.0], [-18.0], [1e4], [-1e4], [1e4]]), torch.tensor([1.0, 0, 1, 0, 0])
     log_prob = pixelwise(Bernoulli().log_prob, logits, x)
     torch.testing.assert_close(log_prob, torch.tensor([-1.52e-8, -1.52e-8, 0, 0, -1e4]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [((4, 5), (4, 5)), ((3, 4, 5), (4, 5)), ((5,), (4, 5)), ((), (2,))])
+def test_cross_entropy_and_its_gradients_to_the_second_order_are_torchs(shapes):
+    logits, x = 4 * torch.randn(shapes[0], generator=seeded(), dtype=torch.float64), torch.rand(shapes[1]).double()
+    inputs = logits.requires_grad_(), x.requires_grad_()
+
+    def of_torch(logits, x):
+        return F.binary_cross_entropy_with_logits(*torch.broadcast_tensors(logits, x), reduction="none")
+
+    def derivatives(function):
+        """First and second, of a sum that is not linear in what is returned."""
+        first = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(part.sin().sum() for part in first), inputs)
+        once = torch.autograd.grad(function(*inputs).square().sum(), inputs)  # which may overwrite what it made
+        return [*first, *second, *once]
+
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(cross_entropy(*inputs), of_torch(*inputs), **close)
+    for ours, theirs in zip(derivatives(cross_entropy), derivatives(of_torch), strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_cross_entropy_goes_through_what_torch_makes_of_functions():
+    logits, x = torch.randn(3, 4, generator=seeded(), dtype=torch.float64), torch.full((4,), 0.3, dtype=torch.float64)
+
+    def total(logits):
+        return cross_entropy(logits, x).sum()
+
+    mean = torch.sigmoid(logits)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(total))(logits), mean - x)
+    torch.testing.assert_close(torch.func.hessian(total)(logits[0]), torch.diag(mean[0] * (1 - mean[0])))
+    _, along = torch.func.jvp(total, (logits,), (torch.ones_like(logits),))
+    torch.testing.assert_close(along, (mean - x).sum())
+
+
+def test_cross_entropy_of_binary_pixels_is_as_right_as_torchs_in_single_precision():
+    logits = torch.linspace(-60, 60, 20_001).repeat(2)
+    x = torch.tensor([0.0, 1.0]).repeat_interleave(20_001)
+    exact = F.binary_cross_entropy_with_logits(logits.double(), x.double(), reduction="none")
+    ours, theirs = (
+        float(((found.double() - exact).abs() / exact.clamp(min=1)).max())
+        for found in (cross_entropy(logits, x), F.binary_cross_entropy_with_logits(logits, x, reduction="none"))
+    )
+    assert ours < min(theirs, 2 * torch.finfo(torch.float32).eps)
+    assert (cross_entropy(logits, x) >= 0).all()  # a log-mass is not above 0
+    ends = cross_entropy(torch.tensor([-1e30, 1e30, -1e30, 1e30, math.nan]), torch.tensor([0.0, 1, 1, 0, 0]))
+    assert ends[:4].tolist() == pytest.approx([0, 0, 1e30, 1e30]) and ends[4].isnan()
 
 
 def test_continuous_bernoulli_normaliser_equals_quadrature_to_1e_6():

@@ -43,6 +43,12 @@ def names(requirements):
     return {re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-") for requirement in requirements}
 
 
+def sources(folder):
+    """Python files below a folder, but for those of the environment that `make bench-peers` makes there."""
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+
+
 def imported(*folders):
     """Distributions that Python files below `folders` import from, wherever in the file, each with one such file."""
     ours = {
@@ -50,10 +56,10 @@ def imported(*folders):
         "experiments",
         "benchmarks",
         "tomllib",  # of Python's own from 3.11 on
-        *(path.stem for folder in ("tests", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py")),
+        *(path.stem for folder in ("tests", "benchmarks") for path in sources(folder)),
     }
     found = {}
-    for path in (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))):
+    for path in (path for folder in folders for path in sources(folder)):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [name.name for name in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vae import likelihoods
+
 try:  # what torch.vmap is made of, which torch keeps to itself: with it a layer costs half of a public Function's overhead
     from torch._C._functorch import _add_batch_dim, get_unwrapped, is_batchedtensor, maybe_get_bdim
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
@@ -75,23 +77,7 @@ def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def cross_entropy(logits: Tensor, x: Tensor) -> Tensor:
     """Pixel by pixel, in nats, the logits of the shape of the result."""
-    return StackedCrossEntropy.apply(*torch.broadcast_tensors(logits, x))
-
-
-class StackedCrossEntropy(torch.autograd.Function):
-    """max(l, 0) - x l + log(1 + exp(-|l|)), in place where it can be: `torch.vmap` makes twice as many passes of it."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, x)
-        out = logits.abs().sigmoid_().log_()  # -log(1 + exp(-|l|)), in the fewest passes
-        return logits.clamp_min(0).sub_(out).addcmul_(logits, x, value=-1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logits, x = ctx.saved_tensors
-        of_x = -logits * gradient if ctx.needs_input_grad[1] else None
-        return torch.sigmoid(logits).sub_(x).mul_(gradient), of_x
+    return likelihoods.CrossEntropy.apply(*torch.broadcast_tensors(logits, x))
 
 
 class StackedLinear(torch.autograd.Function):
