@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     if "bf16" in variant:
                         measured["nats"] = nats_gained(common, more, 1 if options.quick else 10, device)
                 except Exception as error:  # one way of running that this device does not have must not end the others
-                    measured = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                    measured = {"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
                 label = f"{name}{variant}" + (f", {torch.cuda.get_device_name()}" if device == "cuda" else "")
                 found[label] = {**measured, "largest_relative_difference_of_losses": difference}
         if torch.cuda.is_available() and net == "mlp":
