@@ -34,8 +34,8 @@ from vae.engine.working_memory import bytes_of_run, free_bytes
 
 MOST_BYTES = 64 * 2**20  # of the loaded batches of a run that wait to be trained on
 #: Weights times images by which a size of the latent may lengthen a step on a CPU by being padded, and needs no stack of its
-#: own. By whole runs (`benchmarks/pack.py`): the digits MLP gains with 5 million, 784-400 neither gains nor loses with 11.
-MOST_PADDING = 8_000_000
+#: own: six operations each, a third of a millisecond, against half a millisecond that a stack's operators cost by themselves.
+MOST_PADDING = 4_000_000
 MOST_SECONDS = 1.0  # that a pack trains before its runs may look whether a checkpoint is due
 
 
