@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vae import likelihoods
+from vae.likelihoods import cross_entropy
 
 try:  # what torch.vmap is made of, which torch keeps to itself: with it a layer costs half of a public Function's overhead
     from torch._C._functorch import _add_batch_dim, get_unwrapped, is_batchedtensor, maybe_get_bdim
@@ -73,11 +73,6 @@ def stacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
     out: Tensor = StackedLinear.apply(rows, weight, bias)
     return out if x.ndim == 3 else out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def cross_entropy(logits: Tensor, x: Tensor) -> Tensor:
-    """Pixel by pixel, in nats, the logits of the shape of the result."""
-    return likelihoods.CrossEntropy.apply(*torch.broadcast_tensors(logits, x))
 
 
 class StackedLinear(torch.autograd.Function):
